@@ -1,0 +1,208 @@
+// One SIMD vector of the tier's width, for float and double, on the compiler's vector extension: + - * / and
+// comparisons are operators, mask ? a : b selects, a * b + c contracts to one FMA where the tier has it. What the
+// extension lacks (16-bit floats, masked tails, exp, sums across lanes) is here. No include guard: for_each_tier.h
+// includes this once per tier.
+
+typedef float FloatVec __attribute__((vector_size(FASTNN_VECTOR_BYTES)));
+typedef double DoubleVec __attribute__((vector_size(FASTNN_VECTOR_BYTES)));
+typedef int32_t Int32Vec __attribute__((vector_size(FASTNN_VECTOR_BYTES)));
+typedef uint32_t UInt32Vec __attribute__((vector_size(FASTNN_VECTOR_BYTES)));
+typedef int64_t Int64Vec __attribute__((vector_size(FASTNN_VECTOR_BYTES)));
+typedef uint16_t HalfBitsVec __attribute__((vector_size(FASTNN_VECTOR_BYTES / 2)));
+
+template <class A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = FloatVec;
+  using mask = Int32Vec;
+};
+template <>
+struct VecOf<double> {
+  using type = DoubleVec;
+  using mask = Int64Vec;
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+template <class A>
+using Mask = typename VecOf<A>::mask;
+
+// Lanes of a vector of accumulators A.
+template <class A>
+constexpr int kLanes = FASTNN_VECTOR_BYTES / int(sizeof(A));
+
+template <class A>
+FASTNN_INLINE Vec<A> splat(A value) {
+  return value - Vec<A>{};  // x - 0 keeps -0; folds to one broadcast
+}
+
+// ---- loads and stores: T in memory, Accumulator<T> in registers ----
+
+FASTNN_INLINE FloatVec load(const float* p) {
+  FloatVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTNN_INLINE DoubleVec load(const double* p) {
+  DoubleVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTNN_INLINE FloatVec load(const bf16* p) {
+  HalfBitsVec bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return (FloatVec)(__builtin_convertvector(bits, UInt32Vec) << 16);
+}
+FASTNN_INLINE FloatVec load(const f16* p) {
+#if FASTNN_VECTOR_BYTES == 64
+  return (FloatVec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif FASTNN_VECTOR_BYTES == 32
+  return (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  FloatVec v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_accumulator(p[i]);
+  return v;
+#endif
+}
+
+FASTNN_INLINE void store(float* p, FloatVec v) { __builtin_memcpy(p, &v, sizeof v); }
+FASTNN_INLINE void store(double* p, DoubleVec v) { __builtin_memcpy(p, &v, sizeof v); }
+FASTNN_INLINE void store(bf16* p, FloatVec v) {
+  const UInt32Vec bits = (UInt32Vec)v;
+  const UInt32Vec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const UInt32Vec nan = bits >> 16 | 0x40;
+  const HalfBitsVec half = __builtin_convertvector((v == v) ? rounded : nan, HalfBitsVec);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+FASTNN_INLINE void store(f16* p, FloatVec v) {
+#if FASTNN_VECTOR_BYTES == 64
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif FASTNN_VECTOR_BYTES == 32
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = from_accumulator<f16>(v[i]);
+#endif
+}
+
+// The first n (0 <= n <= lanes) elements; the other lanes are zero, and their memory is not touched.
+#if FASTNN_VECTOR_BYTES == 64
+FASTNN_INLINE FloatVec load_n(const float* p, int n) {
+  return (FloatVec)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+FASTNN_INLINE DoubleVec load_n(const double* p, int n) {
+  return (DoubleVec)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+FASTNN_INLINE void store_n(float* p, FloatVec v, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+}
+FASTNN_INLINE void store_n(double* p, DoubleVec v, int n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+}
+#elif FASTNN_VECTOR_BYTES == 32
+FASTNN_INLINE __m256i first_lanes_32(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FASTNN_INLINE __m256i first_lanes_64(int n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+FASTNN_INLINE FloatVec load_n(const float* p, int n) { return (FloatVec)_mm256_maskload_ps(p, first_lanes_32(n)); }
+FASTNN_INLINE DoubleVec load_n(const double* p, int n) { return (DoubleVec)_mm256_maskload_pd(p, first_lanes_64(n)); }
+FASTNN_INLINE void store_n(float* p, FloatVec v, int n) { _mm256_maskstore_ps(p, first_lanes_32(n), (__m256)v); }
+FASTNN_INLINE void store_n(double* p, DoubleVec v, int n) { _mm256_maskstore_pd(p, first_lanes_64(n), (__m256d)v); }
+#endif
+
+// Tiers and types without a masked access go through a vector on the stack.
+template <class T>
+FASTNN_INLINE Vec<Accumulator<T>> load_n(const T* p, int n) {
+  T lanes[kLanes<Accumulator<T>>] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T>
+FASTNN_INLINE void store_n(T* p, Vec<Accumulator<T>> v, int n) {
+  T lanes[kLanes<Accumulator<T>>];
+  store(lanes, v);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// ---- arithmetic ----
+
+// Lanewise maximum; a NaN in b is kept, one in a is not (the operand order of x86 max).
+template <class V>
+FASTNN_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+FASTNN_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
+
+template <class A>
+FASTNN_INLINE A sum_lanes_impl(Vec<A> v) {
+  // Pairwise halves: a fixed order, whatever the compiler does.
+  A lanes[kLanes<A>];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  for (int half = kLanes<A> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+FASTNN_INLINE float sum_lanes(FloatVec v) { return sum_lanes_impl<float>(v); }
+FASTNN_INLINE double sum_lanes(DoubleVec v) { return sum_lanes_impl<double>(v); }
+
+template <class A>
+FASTNN_INLINE A max_lanes_impl(Vec<A> v) {
+  A lanes[kLanes<A>];
+  __builtin_memcpy(lanes, &v, sizeof v);
+  A best = lanes[0];
+  for (int i = 1; i < kLanes<A>; ++i) best = lanes[i] > best ? lanes[i] : best;
+  return best;
+}
+FASTNN_INLINE float max_lanes(FloatVec v) { return max_lanes_impl<float>(v); }
+FASTNN_INLINE double max_lanes(DoubleVec v) { return max_lanes_impl<double>(v); }
+
+FASTNN_INLINE FloatVec sqrt(FloatVec v) {
+#if FASTNN_VECTOR_BYTES == 64
+  return (FloatVec)_mm512_sqrt_ps((__m512)v);
+#elif FASTNN_VECTOR_BYTES == 32
+  return (FloatVec)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+FASTNN_INLINE DoubleVec sqrt(DoubleVec v) {
+#if FASTNN_VECTOR_BYTES == 64
+  return (DoubleVec)_mm512_sqrt_pd((__m512d)v);
+#elif FASTNN_VECTOR_BYTES == 32
+  return (DoubleVec)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
+// e^x to about 1 ulp for every float: Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, then a degree-6 polynomial.
+// Overflow gives inf, underflow 0 (through the subnormals: the scale is applied in two halves), NaN stays NaN.
+FASTNN_INLINE FloatVec exp(FloatVec x) {
+  const FloatVec clamped = min(max(x, splat(-104.0f)), splat(89.0f));
+  const float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
+  const FloatVec shifted = clamped * 0x1.715476p+0f + kRound;
+  const FloatVec n = shifted - kRound;
+  FloatVec r = n * -0x1.62e400p-1f + clamped;
+  r = n * -0x1.7f7d1cp-20f + r;
+  FloatVec p = r * 0x1.6850e4p-10f + 0x1.123bccp-7f;
+  p = p * r + 0x1.555b98p-5f;
+  p = p * r + 0x1.55548ep-3f;
+  p = p * r + 0x1.fffff8p-2f;
+  p = (p * r) * r + r + 1.0f;
+  const Int32Vec exponent = (Int32Vec)shifted - (Int32Vec)splat(kRound);
+  const Int32Vec half = exponent >> 1;
+  const FloatVec scale1 = (FloatVec)((half + 127) << 23);
+  const FloatVec scale2 = (FloatVec)((exponent - half + 127) << 23);
+  return (x == x) ? p * scale1 * scale2 : x;
+}
+// float64 is for checking gradients, not for speed: the C library's exp, lane by lane.
+FASTNN_INLINE DoubleVec exp(DoubleVec x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}

@@ -1,0 +1,33 @@
+// What the CPU glue shares: output memory and scratch memory.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "common/check.h"
+
+namespace fastnn::cpu {
+
+// A fresh large allocation costs a page fault every 4 KiB, more than the kernel that fills it; asking for 2 MiB pages
+// first removes most of them. Returns its argument.
+Tensor with_huge_pages(Tensor tensor);
+
+// Uninitialised scratch of one thread, aligned to a cache line.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, (size_t(count) * sizeof(T) + 127) / 64 * 64))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+}  // namespace fastnn::cpu

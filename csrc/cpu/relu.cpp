@@ -1,0 +1,97 @@
+// Glue of fastnn::relu, relu_ and relu_backward on the CPU.
+#include "cpu/kernels/relu.h"
+
+#include "common/check.h"
+#include "cpu/memory.h"
+
+namespace fastnn::cpu {
+namespace {
+
+constexpr int64_t kGrain = 32 * 1024;  // elements a thread takes at the least: about 10 µs of memory traffic
+
+// Elementwise kernels walk memory in storage order, which is any order as long as all operands share it.
+bool is_dense(const Tensor& tensor) {
+  int64_t expected = 1;
+  // Strides of a dense tensor, sorted, are the running products of the sizes; at most 64 dimensions, mostly 4.
+  std::vector<bool> used(tensor.dim(), false);
+  for (int64_t step = 0; step < tensor.dim(); ++step) {
+    int64_t found = -1;
+    for (int64_t d = 0; d < tensor.dim(); ++d)
+      if (!used[d] && (tensor.size(d) == 1 || tensor.stride(d) == expected)) {
+        found = d;
+        if (tensor.size(d) != 1) break;
+      }
+    if (found < 0) return false;
+    used[found] = true;
+    expected *= tensor.size(found);
+  }
+  return true;
+}
+
+bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+void forward_into(const Tensor& x, const Tensor& y) {
+  const auto kernel = relu_kernels().forward[dtype_of(x, "relu", "self")];
+  const char* in = static_cast<const char*>(x.data_ptr());
+  char* out = static_cast<char*>(y.data_ptr());
+  const int64_t size = x.element_size();
+  torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    kernel(in + begin * size, out + begin * size, end - begin);
+  });
+}
+
+Tensor relu(Tensor self) {
+  dtype_of(self, "relu", "self");
+  const Tensor out = with_huge_pages(torch::stable::empty_like(self));
+  // empty_like keeps the strides of a dense input; any other input (expanded, sliced) is gathered first.
+  const bool in_place_order = is_dense(self) && same_strides(self, out);
+  if (!in_place_order) {
+    Tensor target = out;
+    torch::stable::copy_(target, self);
+  }
+  forward_into(in_place_order ? self : out, out);
+  return out;
+}
+
+void relu_(Tensor self) {
+  dtype_of(self, "relu_", "self");
+  if (is_dense(self)) return forward_into(self, self);
+  torch::stable::copy_(self, relu(self));
+}
+
+Tensor relu_backward(Tensor grad_output, Tensor result) {
+  check_same_dtype(grad_output, result, "relu_backward", "grad_output");
+  check_same_shape(grad_output, result, "relu_backward", "grad_output");
+  const DType dtype = dtype_of(result, "relu_backward", "result");
+  Tensor grad_input = with_huge_pages(torch::stable::empty_like(result));
+  const auto dense_like_grad_input = [&](const Tensor& tensor) {
+    if (is_dense(tensor) && same_strides(tensor, grad_input)) return tensor;
+    Tensor gathered = torch::stable::empty_like(grad_input);
+    torch::stable::copy_(gathered, tensor);
+    return gathered;
+  };
+  const Tensor g = dense_like_grad_input(grad_output), y = dense_like_grad_input(result);
+  const auto kernel = relu_kernels().backward[dtype];
+  const char* g_data = static_cast<const char*>(g.data_ptr());
+  const char* y_data = static_cast<const char*>(y.data_ptr());
+  char* out = static_cast<char*>(grad_input.data_ptr());
+  const int64_t size = result.element_size();
+  torch::stable::parallel_for(0, result.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    kernel(g_data + begin * size, y_data + begin * size, out + begin * size, end - begin);
+  });
+  return grad_input;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
+  m.impl("relu", TORCH_BOX(&relu));
+  m.impl("relu_", TORCH_BOX(&relu_));
+  m.impl("relu_backward", TORCH_BOX(&relu_backward));
+}
+
+}  // namespace fastnn::cpu

@@ -1,0 +1,30 @@
+// fastnn._C: what was built and what is in use. The operators are not here: loading this library registers them as
+// torch.ops.fastnn.*.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/isa.h"
+
+namespace {
+
+std::vector<std::string> names(const std::vector<fastnn::cpu::Isa>& isas) {
+  std::vector<std::string> result;
+  for (auto isa : isas) result.emplace_back(fastnn::cpu::isa_name(isa));
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastnn::cpu;
+  m.doc() = "Build facts and the CPU instruction set in use.";
+  m.attr("compiler") = __VERSION__;
+  m.attr("torch_built_with") = FASTNN_TORCH_VERSION;
+  m.def("built_isas", [] { return names(built_isas()); }, "Instruction sets compiled in, fastest first.");
+  m.def("available_isas", [] { return names(available_isas()); }, "Those of them this machine runs.");
+  m.def("isa", [] { return std::string(isa_name(current_isa())); }, "The instruction set in use.");
+  m.def("set_isa", &set_current_isa, pybind11::arg("isa"), "Switch the whole process to another available one.");
+  m.def("num_threads", [] { return torch::stable::get_num_threads(); }, "Threads a kernel uses at most.");
+  current_isa();  // a bad FASTNN_CPU_ISA fails the import, not the first kernel
+}

@@ -1,0 +1,75 @@
+"""ReLU: autograd and fake rules of ``fastnn::relu``, ``relu_`` and ``relu_backward``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnn import dispatch as dispatch  # registers the operators
+from fastnn.ops.autograd import BelowAutograd, differentiable, needs_grad, not_differentiable
+
+torch.library.register_fake("fastnn::relu", torch.empty_like)
+torch.library.register_fake("fastnn::relu_", lambda self: None)
+torch.library.register_fake("fastnn::relu_backward", lambda grad_output, result: torch.empty_like(result))
+
+
+class ReLUBackward(torch.autograd.Function):
+    """grad_output where not (result <= 0), else 0: linear in grad_output, so its own gradient is itself."""
+
+    @staticmethod
+    def forward(grad_output: Tensor, result: Tensor) -> Tensor:
+        with BelowAutograd():
+            return torch.ops.fastnn.relu_backward.default(grad_output, result)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (result,) = ctx.saved_tensors
+        return relu_backward(grad, result), None
+
+
+class ReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(input: Tensor) -> Tensor:
+        with BelowAutograd():
+            return torch.ops.fastnn.relu.default(input)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        return relu_backward(grad, result)
+
+
+class ReLUInPlace(ReLU):
+    @staticmethod
+    def forward(input: Tensor) -> Tensor:
+        _relu_(input)
+        return input
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(output)
+
+
+relu_backward = differentiable("relu_backward", ReLUBackward)
+relu = differentiable("relu", ReLU)
+_relu_ = not_differentiable("relu_")
+
+
+def relu_(input: Tensor) -> Tensor:
+    """ReLU into ``input`` itself, recorded by autograd; returns ``input``."""
+    if needs_grad(input):
+        return ReLUInPlace.apply(input)
+    _relu_(input)
+    torch.autograd.graph.increment_version(input)
+    return input

@@ -1,0 +1,38 @@
+"""Every test of an operator runs once per implementation this machine has: the ``backend`` fixture."""
+
+import logging
+
+import pytest
+import torch
+
+import fastnn
+from fastnn import _C
+
+BACKENDS = [f"cpu-{isa}" for isa in _C.available_isas()]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Forces one implementation ('cpu-avx2', ...) for the test, and fails it if a call goes to native torch."""
+    device, isa = request.param.split("-")
+    before = _C.isa()
+    _C.set_isa(isa)
+    fallbacks = []
+    handler = logging.Handler()
+    handler.emit = lambda record: fallbacks.append(record.getMessage())
+    fastnn.dispatch._logged.clear()
+    fastnn.dispatch.logger.addHandler(handler)
+    level = fastnn.dispatch.logger.level
+    fastnn.dispatch.logger.setLevel(logging.DEBUG)
+    with fastnn.backend(device):
+        yield request.param
+    fastnn.dispatch.logger.setLevel(level)
+    fastnn.dispatch.logger.removeHandler(handler)
+    _C.set_isa(before)
+    expected = request.node.get_closest_marker("expects_native") is not None
+    assert expected or not fallbacks, f"went to native torch: {fallbacks}"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
