@@ -31,6 +31,7 @@ def extension() -> CppExtension:
 
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    flags += ["-Wno-unused-parameter", "-Wno-maybe-uninitialized"]  # torch's and GCC 12's own headers
     link = []
     if SANITIZE:
         flags += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O1", "-fno-sanitize-recover=undefined"]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as native
 from torch.nn.functional import *  # noqa: F403
 
-from fastnn import ops as ops
-from fastnn.dispatch import use_kernels
-from fastnn.ops import relu as _relu
+from fastnn import ops as _ops
+from fastnn.dispatch import log_once, use_kernels
+
+IntPair = int | tuple[int, ...] | list[int]
+
+# A strided convolution splits its input into stride_h * stride_w phases; csrc/cpu/kernels/conv2d.h holds as many.
+MAX_CONV2D_PHASES = 64
 
 
 def __getattr__(name: str) -> object:
@@ -25,9 +30,152 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if not use_kernels("relu", input):
         return native.relu(input, inplace)
-    return _relu.relu_(input) if inplace else _relu.relu(input)
+    return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)
 
 
 def relu_(input: Tensor) -> Tensor:
     """``relu(input, inplace=True)``."""
     return relu(input, inplace=True)
+
+
+def _pair(value: object) -> list[int] | None:
+    """Two ints of an int, or of a sequence of one or two; None for anything else, which native torch will refuse."""
+    if isinstance(value, int):
+        return [value, value]
+    if isinstance(value, (tuple, list)) and 1 <= len(value) <= 2 and all(isinstance(v, int) for v in value):
+        return [*value, *value][:2]
+    return None
+
+
+def _conv_geometry(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntPair,
+    padding: str | IntPair,
+    dilation: IntPair,
+    groups: int,
+) -> tuple[list[int], list[int], list[int], int] | None:
+    """Stride, (top, left, bottom, right) padding, dilation and groups as the operators take them; None where the call is
+    not fastnn's to serve, a wrong one included: native torch then raises its own error."""
+    if not use_kernels(op, input, weight, bias) or weight.dim() != 4 or input.dim() not in (3, 4):
+        return None
+    strides, dilations = _pair(stride), _pair(dilation)
+    if strides is None or dilations is None or min(strides) < 1 or min(dilations) < 1:
+        return None
+    if not isinstance(groups, int) or groups < 1:
+        return None
+    out_channels, in_channels, *kernel = weight.shape
+    if isinstance(padding, str):
+        if padding not in ("same", "valid") or (padding == "same" and strides != [1, 1]):
+            return None
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel, strict=True)]
+        pads = [t // 2 for t in total] + [t - t // 2 for t in total]
+    else:
+        pair = _pair(padding)
+        if pair is None or min(pair) < 0:
+            return None
+        pads = pair + pair
+    if input.shape[-3] != in_channels * groups or out_channels % groups or 0 in weight.shape:
+        return None
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_channels):
+        return None
+    if any(input.shape[d - 2] + pads[d] + pads[d + 2] <= dilations[d] * (kernel[d] - 1) for d in range(2)):
+        return None
+    if strides[0] * strides[1] > MAX_CONV2D_PHASES:
+        log_once(op, f"stride {tuple(strides)} is larger than the kernels take")
+        return None
+    return strides, pads, dilations, groups
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: str | IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-D convolution. As :func:`torch.nn.functional.conv2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), any strides; float64, float32, bfloat16 or float16 on fastnn's kernels.
+        weight: (K, C / groups, R, S), of the dtype of ``input``.
+        bias: (K,) or None.
+        stride, dilation: an int or two, rows first.
+        padding: an int or two, ``'valid'`` or ``'same'``.
+        groups: divides C and K.
+
+    Returns:
+        (N, K, H', W') or (K, H', W'), channels_last if ``input`` or ``weight`` is.
+
+    Raises:
+        RuntimeError: shapes that do not fit together, as torch raises it.
+    """
+    geometry = _conv_geometry("conv2d", input, weight, bias, stride, padding, dilation, groups)
+    if geometry is None:
+        return native.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return _conv2d(input, weight, bias, geometry, relu=False)
+
+
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: str | IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``relu(conv2d(...))`` in one pass; arguments and errors of :func:`conv2d`."""
+    geometry = _conv_geometry("conv2d_relu", input, weight, bias, stride, padding, dilation, groups)
+    if geometry is None:
+        return native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))  # type: ignore[arg-type]
+    return _conv2d(input, weight, bias, geometry, relu=True)
+
+
+def _conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, relu: bool) -> Tensor:
+    if input.dim() == 4:
+        return _ops.conv2d.conv2d(input, weight, bias, *geometry, relu)
+    return _ops.conv2d.conv2d(input.unsqueeze(0), weight, bias, *geometry, relu).squeeze(0)
+
+
+def conv2d_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: str | IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    pool_kernel_size: IntPair = 2,
+    pool_stride: IntPair | None = None,
+) -> Tensor:
+    """``max_pool2d(relu(conv2d(...)), pool_kernel_size, pool_stride)`` in one pass.
+
+    The convolution's result is never in memory as a whole, and backward keeps one byte an element of the pooled result:
+    which element of its window it was.
+
+    Args:
+        pool_kernel_size: the window, an int or two, rows first.
+        pool_stride: an int or two; None: ``pool_kernel_size``.
+
+    The other arguments, the result's memory format and the errors are those of :func:`conv2d`.
+    """
+    geometry = _conv_geometry("conv2d_relu_max_pool2d", input, weight, bias, stride, padding, dilation, groups)
+    window = _pair(pool_kernel_size)
+    step = window if pool_stride is None else _pair(pool_stride)
+    if geometry is not None and window is not None and step is not None and min(window + step) > 0:
+        strides, pads, dilations, _ = geometry
+        size = [
+            (input.shape[d - 2] + pads[d] + pads[d + 2] - dilations[d] * (weight.shape[d + 2] - 1) - 1) // strides[d] + 1
+            for d in range(2)
+        ]
+        if window[0] <= size[0] and window[1] <= size[1] and window[0] * window[1] < 255:
+            batch = input if input.dim() == 4 else input.unsqueeze(0)
+            output, _ = _ops.conv2d.conv2d_relu_max_pool2d(batch, weight, bias, *geometry, window, step)
+            return output if input.dim() == 4 else output.squeeze(0)
+    result = native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))  # type: ignore[arg-type]
+    return native.max_pool2d(result, pool_kernel_size, pool_stride)

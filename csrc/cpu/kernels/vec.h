@@ -139,12 +139,15 @@ FASTNN_INLINE V min(V a, V b) {
 
 template <class A>
 FASTNN_INLINE A sum_lanes_impl(Vec<A> v) {
-  // Pairwise halves: a fixed order, whatever the compiler does.
-  A lanes[kLanes<A>];
-  __builtin_memcpy(lanes, &v, sizeof v);
-  for (int half = kLanes<A> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  // Pairwise halves: a fixed order.
+#pragma GCC unroll 4
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+    Mask<A> other{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) other[i] = i ^ half;
+    v += __builtin_shuffle(v, other);
+  }
+  return v[0];
 }
 FASTNN_INLINE float sum_lanes(FloatVec v) { return sum_lanes_impl<float>(v); }
 FASTNN_INLINE double sum_lanes(DoubleVec v) { return sum_lanes_impl<double>(v); }

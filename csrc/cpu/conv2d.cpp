@@ -1,0 +1,447 @@
+// Glue of fastnn::conv2d, conv2d_relu_max_pool2d and conv2d_backward on the CPU: checks, output allocation, and the plan
+// of a call (how planes are laid out and work is cut); the kernels are in kernels/conv2d_tier.h.
+#include <algorithm>
+#include <array>
+
+#include "common/check.h"
+#include "common/conv_shape.h"
+#include "cpu/kernels/conv2d.h"
+#include "cpu/memory.h"
+
+namespace fastnn::cpu {
+namespace {
+
+using Ints = std::vector<int64_t>;
+using torch::headeronly::MemoryFormat;
+
+// Half of an L2 cache of 512 KiB holds a task's packed planes, a quarter its result panel.
+constexpr int64_t kPlanesBytes = 256 << 10, kPanelBytes = 64 << 10;
+// Result channels written together where they are contiguous: three cache lines of float32, and whole tiles.
+constexpr int64_t kPanelResults = 48;
+// The weight gradient sums lanes once a block and pair: longer blocks, fewer sums.
+constexpr int64_t kGradPositions = 1024, kGradBytes = 384 << 10, kGradChannels = 64;
+constexpr int64_t kGradTasks = 32;                  // at the least, where the shape allows: shape alone decides
+constexpr int64_t kSliceBytes = int64_t(64) << 20;  // all private weight gradients together
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Strides4 strides4(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+
+// Torch's rule (suggest_memory_format): strides ascend in the order channel, column, row, batch; where the order is
+// ambiguous, as in N x C x 1 x 1, NCHW wins.
+bool is_channels_last(const Tensor& t) {
+  int64_t least = 0;
+  if (t.stride(1) == 0) return false;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 0 || t.stride(d) < least || (d == 0 && least == t.stride(1))) return false;
+    least = t.stride(d) * t.size(d);
+  }
+  return true;
+}
+
+Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> sizes, bool channels_last,
+                std::optional<ScalarType> dtype = std::nullopt) {
+  return with_huge_pages(torch::stable::empty({sizes.data(), 4}, dtype.value_or(like.scalar_type()), std::nullopt,
+                                              like.device(), std::nullopt,
+                                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
+}
+
+int64_t out_size(int64_t in, int64_t pads, int64_t kernel, int64_t stride, int64_t dilation) {
+  return (in + pads - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+ConvShape conv_shape(const char* op, const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                     const Ints& dilation, int64_t groups) {
+  check_dim(input, 4, op, "input");
+  check_dim(weight, 4, op, "weight");
+  check_same_dtype(weight, input, op, "weight");
+  STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && padding.size() == 4, op,
+                  ": expected 2 values of stride and dilation and 4 of padding, got ", stride.size(), ", ",
+                  dilation.size(), " and ", padding.size());
+  for (int64_t v : {stride[0], stride[1], dilation[0], dilation[1], groups})
+    STD_TORCH_CHECK(v > 0, op, ": stride, dilation and groups must be positive, got ", v);
+  for (int64_t v : padding) STD_TORCH_CHECK(v >= 0, op, ": padding must not be negative, got ", v);
+  STD_TORCH_CHECK(stride[0] * stride[1] <= kMaxPhases, op, ": stride is ", stride[0], " x ", stride[1],
+                  ", expected at most ", kMaxPhases, " in all");
+  STD_TORCH_CHECK(input.size(1) == weight.size(1) * groups && weight.size(0) % groups == 0 && weight.size(0) > 0 &&
+                      weight.size(1) > 0,
+                  op,
+                  ": input of shape ", shape_string(input), ", weight of shape ", shape_string(weight), " and groups ",
+                  groups, " do not fit together");
+  ConvShape s;
+  s.batch = input.size(0), s.in_channels = input.size(1), s.in_h = input.size(2), s.in_w = input.size(3);
+  s.out_channels = weight.size(0), s.kernel_h = weight.size(2), s.kernel_w = weight.size(3);
+  s.stride_h = stride[0], s.stride_w = stride[1], s.dilation_h = dilation[0], s.dilation_w = dilation[1];
+  s.pad_top = padding[0], s.pad_left = padding[1], s.pad_bottom = padding[2], s.pad_right = padding[3];
+  s.groups = groups;
+  STD_TORCH_CHECK(s.kernel_h > 0 && s.kernel_w > 0 && s.in_h + s.pad_top + s.pad_bottom > s.dilation_h * (s.kernel_h - 1) &&
+                      s.in_w + s.pad_left + s.pad_right > s.dilation_w * (s.kernel_w - 1),
+                  op, ": weight of shape ", shape_string(weight), " is larger than the padded input of shape ",
+                  shape_string(input));
+  s.out_h = out_size(s.in_h, s.pad_top + s.pad_bottom, s.kernel_h, s.stride_h, s.dilation_h);
+  s.out_w = out_size(s.in_w, s.pad_left + s.pad_right, s.kernel_w, s.stride_w, s.dilation_w);
+  return s;
+}
+
+PoolShape pool_shape(const char* op, const ConvShape& s, const Ints& kernel, const Ints& stride) {
+  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2, op, ": expected 2 values of pool_kernel_size and pool_stride");
+  PoolShape pool;
+  pool.kernel_h = kernel[0], pool.kernel_w = kernel[1], pool.stride_h = stride[0], pool.stride_w = stride[1];
+  STD_TORCH_CHECK(pool.kernel_h > 0 && pool.kernel_w > 0 && pool.stride_h > 0 && pool.stride_w > 0 &&
+                      pool.kernel_h <= s.out_h && pool.kernel_w <= s.out_w && pool.kernel_h * pool.kernel_w < kPoolNone,
+                  op, ": pool_kernel_size is ", pool.kernel_h, " x ", pool.kernel_w, ", pool_stride ", pool.stride_h,
+                  " x ", pool.stride_w, ", expected a window of 1 to ", int(kPoolNone) - 1, " elements inside ", s.out_h,
+                  " x ", s.out_w);
+  pool.out_h = (s.out_h - pool.kernel_h) / pool.stride_h + 1;
+  pool.out_w = (s.out_w - pool.kernel_w) / pool.stride_w + 1;
+  return pool;
+}
+
+// Blocks of rows: whole pooling windows, and as even as they come.
+struct Cut {
+  int64_t block, blocks;
+};
+Cut cut_rows(int64_t rows, int64_t block, const PoolShape& pool) {
+  const int64_t overlap = std::max<int64_t>(0, pool.kernel_h - pool.stride_h), unit = pool.kernel_h ? pool.stride_h : 1;
+  const int64_t windows = pool.kernel_h ? pool.out_h : rows;
+  const int64_t fit = std::max<int64_t>(1, (block - overlap) / unit);
+  const int64_t blocks = ceil_div(windows, fit), each = ceil_div(windows, blocks);
+  return {each * unit + overlap, ceil_div(windows, each)};
+}
+
+// Finds the phases that the taps read, replaces their (row, col) by offsets inside them, and sets the pitch.
+void plan_planes(Planes& p, std::vector<Tap>& taps, int64_t source_w, int64_t cols) {
+  p.phases = p.halo_h = p.halo_w = 0;
+  for (Tap& tap : taps) {
+    const int64_t a = tap.row % p.step_h, b = tap.col % p.step_w;
+    tap.phase = 0;
+    while (tap.phase < p.phases && (p.phase_h[tap.phase] != a || p.phase_w[tap.phase] != b)) ++tap.phase;
+    if (tap.phase == p.phases) p.phase_h[p.phases] = a, p.phase_w[p.phases] = b, ++p.phases;
+    tap.row /= p.step_h, tap.col /= p.step_w;
+    p.halo_h = std::max(p.halo_h, tap.row), p.halo_w = std::max(p.halo_w, tap.col);
+  }
+  p.pitch = cols + p.halo_w;
+  // The zeros right of a row may be those left of the next one.
+  if (p.step_w == 1) p.pitch = std::max(std::max(p.origin_w, int64_t(0)) + source_w, p.pitch - std::max(p.origin_w, int64_t(0)));
+  p.pitch = std::max(p.pitch, cols);
+}
+
+void set_block(Planes& p, int64_t rows, int64_t images, int64_t lanes) {
+  p.block_rows = rows, p.block_images = images;
+  const int64_t slack = 3 * lanes + p.halo_w + std::max<int64_t>(0, p.origin_w);
+  // An odd number of cache lines: planes that lie a power of two apart would share cache sets.
+  const int64_t lines = (images * (rows + p.halo_h) * p.pitch + slack + 15) / 16 | 1;
+  p.plane = p.phases * lines * 16;
+}
+
+// Cuts a TapConv into tasks that fit the cache, and enough of them for the threads.
+void plan(TapConv& p, bool channels_last, int64_t element, int64_t lanes, int64_t tile_results) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const PoolShape& pool = p.result.pool;
+  const int64_t most_rows = pool.kernel_h ? (pool.out_h - 1) * pool.stride_h + pool.kernel_h : p.rows;
+  // Groups are packed together until a channels_last pixel gives whole vectors.
+  p.block_groups = std::min(p.groups, ceil_div(16, std::min(p.group_channels, p.group_results)));
+  p.block_results = p.group_results;
+  p.panel = channels_last ? kPanelResults : tile_results;
+  if (p.group_results < p.panel) p.panel = std::min(p.panel / p.group_results, p.block_groups) * p.group_results;
+
+  const int64_t row_positions = p.planes.pitch;
+  const auto fits = [&](int64_t rows, int64_t images) {
+    set_block(p.planes, rows, images, lanes);
+    return p.block_groups * p.group_channels * p.planes.plane * element <= kPlanesBytes &&
+           p.panel * images * (rows + p.planes.halo_h) * row_positions * element <= kPanelBytes;
+  };
+  int64_t rows = most_rows;
+  while (rows > 1 && !fits(rows, 1)) rows = rows > 16 ? rows * 3 / 4 : rows - 1;
+  int64_t images = 1;
+  if (rows == most_rows)
+    while (images < p.batch && images < 64 && fits(rows, images + 1)) ++images;
+  Cut cut = cut_rows(most_rows, rows, pool);
+  const auto count = [&] { return ceil_div(p.batch, images) * cut.blocks * ceil_div(p.groups, p.block_groups); };
+  while (count() < 2 * threads && images > 1) images = ceil_div(images, 2);
+  while (count() < 2 * threads && cut.block > 8 && cut.blocks < most_rows / 4) cut = cut_rows(most_rows, cut.block / 2, pool);
+  images = ceil_div(p.batch, ceil_div(p.batch, images));
+  set_block(p.planes, cut.block, images, lanes);
+  p.image_blocks = ceil_div(p.batch, images), p.row_blocks = cut.blocks;
+  int64_t splits = 1;
+  if (p.block_groups == 1) {
+    const int64_t unit = channels_last ? p.panel : tile_results;
+    splits = std::min(ceil_div(p.group_results, unit), ceil_div(2 * threads, count()));
+    p.block_results = ceil_div(ceil_div(p.group_results, splits), unit) * unit;
+    splits = ceil_div(p.group_results, p.block_results);
+  }
+  p.channel_blocks = ceil_div(p.groups, p.block_groups) * splits;
+  const int64_t positions = images * (cut.block + p.planes.halo_h) * p.planes.pitch + 2 * lanes;
+  p.scratch = (p.num_taps + 8) * 8 + (p.block_groups * p.group_channels * p.planes.plane + p.panel * positions) * element;
+}
+
+void plan(TapGrad& p, int64_t element, int64_t lanes) {
+  p.block_groups = std::min(p.groups, ceil_div(16, std::min(p.group_channels, p.group_results)));
+  p.block_channels = p.block_groups > 1 ? p.group_channels : std::min(p.group_channels, kGradChannels);
+  p.block_results = p.block_groups > 1 ? p.group_results : std::min(p.group_results, kGradChannels);
+  const auto fits = [&](int64_t rows, int64_t images) {
+    set_block(p.planes, rows, images, lanes);
+    const int64_t grad_plane = p.planes.plane / p.planes.phases;
+    return images * rows * p.planes.pitch <= kGradPositions &&
+           p.block_groups * (p.block_channels * p.planes.plane + p.block_results * grad_plane) * element <= kGradBytes;
+  };
+  int64_t rows = p.rows, images = 1;
+  while (rows > 1 && !fits(rows, 1)) --rows;
+  if (rows == p.rows)
+    while (images < p.batch && fits(rows, images + 1)) ++images;
+  const Cut cut = cut_rows(p.rows, rows, PoolShape{});
+  images = ceil_div(p.batch, ceil_div(p.batch, images));
+  set_block(p.planes, cut.block, images, lanes);
+  p.image_blocks = ceil_div(p.batch, images), p.row_blocks = cut.blocks;
+  p.channel_blocks = ceil_div(p.groups, p.block_groups) * ceil_div(p.group_results, p.block_results) *
+                     ceil_div(p.group_channels, p.block_channels);
+  const int64_t weights = p.groups * p.group_results * p.group_channels * p.num_taps * element;
+  p.slices = std::min({p.image_blocks * p.row_blocks, ceil_div(kGradTasks, p.channel_blocks),
+                       std::max<int64_t>(1, kSliceBytes / weights)});
+  p.scratch = (p.block_channels * p.num_taps + 8) * 8 +
+              p.block_groups * (p.block_channels * p.planes.plane + p.block_results * p.planes.plane / p.planes.phases) *
+                  element;
+}
+
+int64_t accumulator_size(DType dtype) { return dtype == kFloat64 ? 8 : 4; }
+
+// Runs tasks [0, tasks) of a plan, each thread in scratch of its own.
+template <class Plan, class Kernel>
+void run_tasks(const Plan& plan, Kernel kernel) {
+  torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
+    const Scratch<char> scratch(plan.scratch);
+    kernel(plan, scratch.get(), begin, end);
+  });
+}
+
+// Packs the weight (strides: of group, result channel, reduced channel) and runs the problem.
+void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
+  const ConvKernels& kernels = conv_kernels();
+  const int64_t element = accumulator_size(dtype);
+  const Scratch<char> packed(p.groups * p.group_results * p.group_channels * p.num_taps * element);
+  const int64_t blocks = p.groups * ceil_div(p.group_results, kernels.tile_results);
+  torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, 4096 / (p.group_channels * p.num_taps)),
+                              [&](int64_t begin, int64_t end) {
+                                kernels.pack_weight[dtype](p, weight.data_ptr(), strides.data(), packed.get(), begin, end);
+                              });
+  p.weight = packed.get();
+  run_tasks(p, kernels.run[dtype]);
+}
+
+std::vector<Tap> all_taps(const ConvShape& s, const Tensor& weight) {
+  std::vector<Tap> taps;
+  for (int64_t r = 0; r < s.kernel_h; ++r)
+    for (int64_t q = 0; q < s.kernel_w; ++q)
+      taps.push_back({0, r * s.dilation_h, q * s.dilation_w, r * weight.stride(2) + q * weight.stride(3)});
+  return taps;
+}
+
+Planes input_planes(const ConvShape& s) {
+  Planes p{};
+  p.step_h = s.stride_h, p.step_w = s.stride_w, p.origin_h = s.pad_top, p.origin_w = s.pad_left;
+  return p;
+}
+
+ConvSource plain_source(const Tensor& t) {
+  ConvSource source{};
+  source.data = t.data_ptr(), source.stride = strides4(t), source.height = t.size(2), source.width = t.size(3);
+  return source;
+}
+
+void forward(const char* op, const ConvShape& s, const Tensor& input, const Tensor& weight,
+             const std::optional<Tensor>& bias, bool relu, const PoolShape& pool, const Tensor& output,
+             const Tensor* code) {
+  const DType dtype = dtype_of(input, op, "input");
+  const int64_t element = accumulator_size(dtype);
+  Scratch<char> wide_bias(s.out_channels * element);
+  if (bias) {
+    check_same_dtype(*bias, input, op, "bias");
+    check_dim(*bias, 1, op, "bias");
+    STD_TORCH_CHECK(bias->size(0) == s.out_channels, op, ": bias has shape ", shape_string(*bias), ", expected [",
+                    s.out_channels, "]");
+    conv_kernels().to_accumulator[dtype](bias->data_ptr(), bias->stride(0), wide_bias.get(), s.out_channels);
+  }
+  if (output.numel() == 0) return;
+  std::vector<Tap> taps = all_taps(s, weight);
+  TapConv p{};
+  p.planes = input_planes(s);
+  plan_planes(p.planes, taps, s.in_w, s.out_w);
+  p.source = plain_source(input);
+  p.result.data = output.data_ptr();
+  p.result.stride = strides4(output);
+  if (code) {
+    p.result.pool_code = static_cast<uint8_t*>(code->data_ptr());
+    p.result.code_stride = strides4(*code);
+    p.result.pool = pool;
+  }
+  p.taps = taps.data(), p.num_taps = int64_t(taps.size());
+  p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_in(), p.group_results = s.group_out();
+  p.rows = s.out_h, p.cols = s.out_w;
+  p.bias = bias ? wide_bias.get() : nullptr, p.relu = relu;
+  const ConvKernels& kernels = conv_kernels();
+  plan(p, output.stride(3) != 1 && output.size(3) > 1, element, kernels.lanes[element == 4], kernels.tile_results);
+  run_conv(p, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(0), weight.stride(1)});
+}
+
+Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding, Ints dilation,
+              int64_t groups, bool relu) {
+  const ConvShape s = conv_shape("conv2d", input, weight, stride, padding, dilation, groups);
+  const Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w},
+                                 is_channels_last(input) || is_channels_last(weight));
+  forward("conv2d", s, input, weight, bias, relu, PoolShape{}, output, nullptr);
+  return output;
+}
+
+std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride,
+                                                  Ints padding, Ints dilation, int64_t groups, Ints pool_kernel_size,
+                                                  Ints pool_stride) {
+  const char* op = "conv2d_relu_max_pool2d";
+  const ConvShape s = conv_shape(op, input, weight, stride, padding, dilation, groups);
+  const PoolShape pool = pool_shape(op, s, pool_kernel_size, pool_stride);
+  const bool channels_last = is_channels_last(input) || is_channels_last(weight);
+  const std::array<int64_t, 4> sizes{s.batch, s.out_channels, pool.out_h, pool.out_w};
+  const Tensor output = empty_4d(input, sizes, channels_last);
+  const Tensor code = empty_4d(input, sizes, channels_last, ScalarType::Byte);
+  forward(op, s, input, weight, bias, true, pool, output, &code);
+  return {output, code};
+}
+
+// ---- backward ----
+
+// The gradient of the input: per phase of the stride, a TapConv over the output gradient with the taps that reach it.
+void grad_input(const ConvShape& s, DType dtype, const ConvSource& grad, const Tensor& weight, const Tensor& result) {
+  const ConvKernels& kernels = conv_kernels();
+  const int64_t element = accumulator_size(dtype);
+  // A stride longer than the filter leaves phases that no tap reaches.
+  if (s.kernel_h < s.stride_h || s.kernel_w < s.stride_w || s.dilation_h > 1 || s.dilation_w > 1) {
+    Tensor zeroed = result;
+    torch::stable::zero_(zeroed);
+  }
+  for (int64_t a = 0; a < std::min(s.stride_h, s.in_h); ++a)
+    for (int64_t b = 0; b < std::min(s.stride_w, s.in_w); ++b) {
+      // Input rows a, a + stride, ...: row i of them is i * stride + a = (first_h + i) * stride + phase_h - pad, so tap
+      // r reaches it if r * dilation = phase_h modulo the stride, from output row first_h + i - r * dilation / stride.
+      const int64_t phase_h = (a + s.pad_top) % s.stride_h, first_h = (a + s.pad_top) / s.stride_h;
+      const int64_t phase_w = (b + s.pad_left) % s.stride_w, first_w = (b + s.pad_left) / s.stride_w;
+      std::vector<Tap> taps;
+      int64_t last_h = 0, last_w = 0;
+      for (int64_t r = 0; r < s.kernel_h; ++r)
+        for (int64_t q = 0; q < s.kernel_w; ++q) {
+          const int64_t row = r * s.dilation_h, col = q * s.dilation_w;
+          if (row % s.stride_h != phase_h || col % s.stride_w != phase_w) continue;
+          taps.push_back({0, row / s.stride_h, col / s.stride_w, r * weight.stride(2) + q * weight.stride(3)});
+          last_h = std::max(last_h, taps.back().row), last_w = std::max(last_w, taps.back().col);
+        }
+      if (taps.empty()) continue;
+      TapConv p{};
+      for (Tap& tap : taps) tap.row = last_h - tap.row, tap.col = last_w - tap.col;
+      p.planes.step_h = p.planes.step_w = 1;
+      p.planes.origin_h = last_h - first_h, p.planes.origin_w = last_w - first_w;
+      p.rows = ceil_div(s.in_h - a, s.stride_h), p.cols = ceil_div(s.in_w - b, s.stride_w);
+      plan_planes(p.planes, taps, grad.width, p.cols);
+      p.source = grad;
+      const Strides4 stride = strides4(result);
+      p.result.data =
+          static_cast<char*>(result.data_ptr()) + (a * stride.h + b * stride.w) * int64_t(result.element_size());
+      p.result.stride = {stride.n, stride.c, stride.h * s.stride_h, stride.w * s.stride_w};
+      p.taps = taps.data(), p.num_taps = int64_t(taps.size());
+      p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_out(), p.group_results = s.group_in();
+      plan(p, stride.c == 1 && p.result.stride.w != 1, element, kernels.lanes[element == 4], kernels.tile_results);
+      run_conv(p, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(1), weight.stride(0)});
+    }
+}
+
+void grad_weight(const ConvShape& s, DType dtype, const Tensor& input, const ConvSource& grad, const Tensor& weight,
+                 const Tensor& weight_result, const Tensor* bias_result) {
+  const ConvKernels& kernels = conv_kernels();
+  const int64_t element = accumulator_size(dtype);
+  std::vector<Tap> taps = all_taps(s, weight);
+  TapGrad p{};
+  p.planes = input_planes(s);
+  plan_planes(p.planes, taps, s.in_w, s.out_w);
+  p.source = plain_source(input);
+  p.grad = grad;
+  p.taps = taps.data(), p.num_taps = int64_t(taps.size());
+  p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_in(), p.group_results = s.group_out();
+  p.rows = s.out_h, p.cols = s.out_w;
+  plan(p, element, kernels.lanes[element == 4]);
+  const int64_t count = s.out_channels * s.group_in() * p.num_taps;
+  const Scratch<char> sums(p.slices * count * element), bias_sums(p.slices * s.out_channels * element);
+  p.weight_sums = sums.get();
+  p.bias_sums = bias_result ? bias_sums.get() : nullptr;
+  run_tasks(p, kernels.run_grad[dtype]);
+  torch::stable::parallel_for(0, count, 16 * 1024, [&](int64_t begin, int64_t end) {
+    kernels.sum_slices[dtype](sums.get(), p.slices, count, weight_result.data_ptr(), begin, end);
+  });
+  if (bias_result)
+    kernels.sum_slices[dtype](bias_sums.get(), p.slices, s.out_channels, bias_result->data_ptr(), 0, s.out_channels);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor input, Tensor weight,
+                                                   std::optional<Tensor> relu_output, std::optional<Tensor> pool_code,
+                                                   Ints stride, Ints padding, Ints dilation, int64_t groups,
+                                                   Ints pool_kernel_size, Ints pool_stride, std::vector<bool> output_mask) {
+  const char* op = "conv2d_backward";
+  const ConvShape s = conv_shape(op, input, weight, stride, padding, dilation, groups);
+  const DType dtype = dtype_of(input, op, "input");
+  check_same_dtype(grad_output, input, op, "grad_output");
+  check_dim(grad_output, 4, op, "grad_output");
+  STD_TORCH_CHECK(output_mask.size() == 3, op, ": output_mask has ", output_mask.size(), " values, expected 3");
+
+  ConvSource grad = plain_source(grad_output);
+  std::array<int64_t, 4> expected{s.batch, s.out_channels, s.out_h, s.out_w};
+  if (pool_code) {
+    grad.pool = pool_shape(op, s, pool_kernel_size, pool_stride);
+    expected[2] = grad.pool.out_h, expected[3] = grad.pool.out_w;
+    check_same_shape(*pool_code, grad_output, op, "pool_code");
+    STD_TORCH_CHECK(pool_code->scalar_type() == ScalarType::Byte, op, ": pool_code has dtype ",
+                    torch::headeronly::toString(pool_code->scalar_type()), ", expected uint8");
+    grad.pool_code = static_cast<const uint8_t*>(pool_code->data_ptr());
+    grad.code_stride = strides4(*pool_code);
+    grad.height = s.out_h, grad.width = s.out_w;
+  } else if (relu_output) {
+    check_same_shape(*relu_output, grad_output, op, "relu_output");
+    check_same_dtype(*relu_output, input, op, "relu_output");
+    grad.relu_output = relu_output->data_ptr();
+    grad.relu_stride = strides4(*relu_output);
+  }
+  for (int64_t d = 0; d < 4; ++d)
+    STD_TORCH_CHECK(grad_output.size(d) == expected[d], op, ": grad_output has shape ", shape_string(grad_output),
+                    ", expected ", expected[d], " in dimension ", d);
+
+  const auto none = [&] {
+    const int64_t zero = 0;
+    return torch::stable::empty({&zero, 1}, input.scalar_type(), std::nullopt, input.device());
+  };
+  Tensor input_result = output_mask[0] ? empty_4d(input, {s.batch, s.in_channels, s.in_h, s.in_w},
+                                                  is_channels_last(input) || is_channels_last(weight))
+                                       : none();
+  Tensor weight_result = output_mask[1] ? empty_4d(weight, {s.out_channels, s.group_in(), s.kernel_h, s.kernel_w}, false)
+                                        : none();
+  Tensor bias_result = none();
+  if (output_mask[2])
+    bias_result = torch::stable::empty({&s.out_channels, 1}, input.scalar_type(), std::nullopt, input.device());
+
+  if (grad_output.numel() == 0 || input.numel() == 0) {
+    for (Tensor* t : {&input_result, &weight_result, &bias_result}) torch::stable::zero_(*t);
+    return {input_result, weight_result, bias_result};
+  }
+  if (output_mask[0]) grad_input(s, dtype, grad, weight, input_result);
+  if (output_mask[1] || output_mask[2]) {
+    // The bias gradient is summed on the way of the weight gradient.
+    if (!output_mask[1]) weight_result = empty_4d(weight, {s.out_channels, s.group_in(), s.kernel_h, s.kernel_w}, false);
+    grad_weight(s, dtype, input, grad, weight, weight_result, output_mask[2] ? &bias_result : nullptr);
+    if (!output_mask[1]) weight_result = none();
+  }
+  return {input_result, weight_result, bias_result};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
+  m.impl("conv2d", TORCH_BOX(&conv2d));
+  m.impl("conv2d_relu_max_pool2d", TORCH_BOX(&conv2d_relu_max_pool2d));
+  m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward));
+}
+
+}  // namespace fastnn::cpu

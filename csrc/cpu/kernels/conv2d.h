@@ -1,0 +1,117 @@
+// Interface of the CPU convolution kernels, torch-free. Two problems serve the three passes:
+//
+//   TapConv     out[m, y, x] = bias[m] + sum over channel c and tap t of weight[m, c, t] * plane[c, t](y, x)
+//               forward: the taps are the filter's positions, the planes the padded input.
+//               gradient of the input: the channels are the output's, the planes the padded output gradient; a stride
+//               splits the result into stride_h * stride_w phases, each a TapConv of the taps that reach it.
+//   TapGrad     weight_grad[m, c, t] = sum over n, y, x of out_grad[m, y, x] * plane[c, t](y, x)
+//
+// A plane is one channel of the source, padded, in the accumulator type: plane row i of phase (a, b) is source row
+// i * step_h + a - origin_h (columns alike), zero outside the source. A strided convolution's taps then read runs of
+// neighbours, whatever the stride, dilation and padding: tap t's operand at flat position p is plane[p + offset(t)].
+#pragma once
+
+#include <cstdint>
+
+#include "common/conv_shape.h"
+#include "common/dtype.h"
+
+namespace fastnn::cpu {
+
+// What planes are packed from. A gradient may still lack its ReLU mask (relu_output) or its max-pool's scatter
+// (pool_code: `data` is then the pooled gradient, height and width the convolution's output's); both are applied while
+// packing.
+struct ConvSource {
+  const void* data;
+  Strides4 stride;
+  int64_t height, width;
+  const void* relu_output;
+  Strides4 relu_stride;
+  const uint8_t* pool_code;
+  Strides4 code_stride;
+  PoolShape pool;
+};
+
+struct ConvResult {
+  void* data;
+  Strides4 stride;
+  uint8_t* pool_code;
+  Strides4 code_stride;
+  PoolShape pool;
+};
+
+constexpr int64_t kMaxPhases = 64;
+
+// How planes are laid out and how a task's share is cut; filled in by plan_planes().
+struct Planes {
+  int64_t step_h, step_w, origin_h, origin_w;
+  int64_t phases;                                      // (a, b) pairs that some tap reads
+  int64_t phase_h[kMaxPhases], phase_w[kMaxPhases];
+  int64_t halo_h, halo_w;                              // the largest tap offsets
+  int64_t pitch;                                       // elements between plane rows
+  int64_t block_rows, block_images;                    // a task's output rows and images, at most
+  int64_t plane;                                       // elements a channel takes, all phases
+};
+
+struct Tap {
+  int64_t phase, row, col;  // plane[c][phase] shifted by (row, col)
+  int64_t weight;           // its offset in the weight tensor, elements
+};
+
+struct TapConv {
+  ConvSource source;
+  ConvResult result;
+  Planes planes;
+  const Tap* taps;
+  int64_t num_taps;
+  int64_t batch, groups, group_channels, group_results;
+  int64_t rows, cols;               // output positions of this problem (before pooling)
+  const void* bias;                 // accumulator type, one per result channel, or null
+  bool relu;
+  const void* weight;               // packed by pack_weight
+  // A task: an image block, a row block and a run of groups (or, of one large group, a run of result channels).
+  int64_t image_blocks, row_blocks, channel_blocks;
+  int64_t block_groups, block_results;
+  int64_t panel;                    // result channels kept in scratch until they are written
+  int64_t scratch;                  // bytes a thread needs
+
+  int64_t tasks() const { return image_blocks * row_blocks * channel_blocks; }
+};
+
+struct TapGrad {
+  ConvSource source, grad;
+  Planes planes;
+  const Tap* taps;
+  int64_t num_taps;
+  int64_t batch, groups, group_channels, group_results;
+  int64_t rows, cols;
+  // A task: one slice of the blocks and a run of groups (or, of one large group, of result and source channels). Slices
+  // are cut by shape alone and summed in order, so the result does not depend on the thread count.
+  int64_t image_blocks, row_blocks, slices, channel_blocks;
+  int64_t block_groups, block_results, block_channels;
+  int64_t scratch;
+  void* weight_sums;  // [slices][groups * group_results][group_channels][num_taps], accumulator type
+  void* bias_sums;    // [slices][groups * group_results], or null
+
+  int64_t tasks() const { return slices * channel_blocks; }
+};
+
+struct ConvKernels {
+  int lanes[2];        // of float64, float32 vectors
+  int tile_results;    // the widest tile of TapConv: result channels ...
+  int tile_vectors;    // ... and vectors of positions
+  // Packs rows [begin, end) of m-blocks of a weight viewed as [group][m][c][tap] into the order the tiles read.
+  // strides: of group, m and c, elements.
+  void (*pack_weight[kNumDTypes])(const TapConv&, const void* weight, const int64_t* strides, void* packed,
+                                  int64_t begin, int64_t end);
+  void (*run[kNumDTypes])(const TapConv&, void* scratch, int64_t begin, int64_t end);
+  void (*run_grad[kNumDTypes])(const TapGrad&, void* scratch, int64_t begin, int64_t end);
+  // out[i] = sum over slices of sums[slice * count + i], in order, for i in [begin, end).
+  void (*sum_slices[kNumDTypes])(const void* sums, int64_t slices, int64_t count, void* out, int64_t begin,
+                                 int64_t end);
+  void (*to_accumulator[kNumDTypes])(const void* in, int64_t stride, void* out, int64_t count);
+};
+
+const ConvKernels& conv_kernels();
+
+}  // namespace fastnn::cpu

@@ -1,0 +1,635 @@
+// 2-D convolution: the kernels behind the forward pass, the gradient of the input and the gradient of the weight.
+//
+// Forward and input gradient (TapConv), per task = (images, rows, result channels):
+//   1. pack   the source's planes, padded and converted, into thread-private memory that fits the L2 cache. The layout
+//             of the source (NCHW, channels_last, any strides) and fused gradients' masks end here.
+//   2. tile   result tiles of MR channels x NV vectors of flat positions stay in registers over the whole reduction:
+//             each step loads NV vectors of one plane, broadcasts MR weights and does MR * NV FMAs, so loads are
+//             (MR + NV) / (MR * NV) of the FMAs: 7/12 for AVX2's 4 x 3, 11/24 for AVX-512's 8 x 3.
+//   3. write  the tiles pass through a scratch panel that stays in the cache, where max-pooling is taken, and leave in
+//             the result's layout.
+// Positions are flat: p = row * pitch + column, across the padding between rows, so a tile is full even where rows are
+// short; what falls on the padding is computed and dropped, (pitch - cols) / pitch of the work.
+//
+// Weight gradient (TapGrad): a tile of MR result channels x NJ (channel, tap) pairs accumulates vectors along the
+// positions, where both operands are contiguous, and is summed across lanes once a block.
+//
+// Operations: 2 * batch * out_channels * out_h * out_w * (in_channels / groups) * kernel_h * kernel_w a pass. Bytes: each
+// tensor once, plus a packed copy that stays in the cache; rows on a block's border are packed twice.
+
+#if FASTNN_VECTOR_BYTES == 64
+constexpr int kTileResults = 8, kTilePairs = 6;
+#else
+constexpr int kTileResults = 4, kTilePairs = 3;
+#endif
+constexpr int kTileVectors = 3;
+
+// ---- reading a source ----
+
+template <class T>
+FASTNN_INLINE Vec<Accumulator<T>> masked(Vec<Accumulator<T>> grad, Vec<Accumulator<T>> relu_output) {
+  return relu_output <= Vec<Accumulator<T>>{} ? Vec<Accumulator<T>>{} : grad;
+}
+
+FASTNN_INLINE const char* at(const void* data, int64_t index, int64_t size) {
+  return static_cast<const char*>(data) + index * size;
+}
+
+FASTNN_INLINE int64_t offset4(const Strides4& s, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return n * s.n + c * s.c + h * s.h + w * s.w;
+}
+
+// The pooled rows whose windows cover convolution row (or column) `y`: [first, last].
+FASTNN_INLINE int64_t first_window(int64_t y, int64_t kernel, int64_t stride) {
+  return y < kernel ? 0 : (y - kernel) / stride + 1;
+}
+FASTNN_INLINE int64_t last_window(int64_t y, int64_t stride, int64_t windows) {
+  return y / stride < windows ? y / stride : windows - 1;
+}
+
+// Row y of channel c from column x on, every `step`-th element, into dst.
+template <class T>
+void read_row(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t x, int64_t step, int64_t count,
+              Accumulator<T>* dst) {
+  using A = Accumulator<T>;
+  if (s.pool_code) {
+    const PoolShape& pool = s.pool;
+    for (int64_t i = 0; i < count; ++i) dst[i] = 0;
+    for (int64_t py = first_window(y, pool.kernel_h, pool.stride_h);
+         py <= last_window(y, pool.stride_h, pool.out_h); ++py) {
+      const T* grad = static_cast<const T*>(s.data) + offset4(s.stride, n, c, py, 0);
+      const uint8_t* code = s.pool_code + offset4(s.code_stride, n, c, py, 0);
+      const int64_t low = (y - py * pool.stride_h) * pool.kernel_w, high = low + pool.kernel_w;
+      for (int64_t px = 0; px < pool.out_w; ++px) {
+        const int64_t element = code[px * s.code_stride.w];
+        const int64_t i = px * pool.stride_w + element - low - x;
+        if (element >= low && element < high && i >= 0 && i < count) dst[i] += to_accumulator(grad[px * s.stride.w]);
+      }
+    }
+    return;
+  }
+  const T* src = static_cast<const T*>(s.data) + offset4(s.stride, n, c, y, x);
+  const T* relu = static_cast<const T*>(s.relu_output);
+  const int64_t step_src = s.stride.w * step, step_relu = s.relu_stride.w * step;
+  if (relu) relu += offset4(s.relu_stride, n, c, y, x);
+  int64_t i = 0;
+  if (step_src == 1 && (!relu || step_relu == 1)) {
+    for (; i + kLanes<A> <= count; i += kLanes<A>)
+      store(dst + i, relu ? masked<T>(load(src + i), load(relu + i)) : load(src + i));
+    if (i < count) {
+      const int rest = int(count - i);
+      store_n(dst + i, relu ? masked<T>(load_n(src + i, rest), load_n(relu + i, rest)) : load_n(src + i, rest), rest);
+    }
+    return;
+  }
+  for (; i < count; ++i) {
+    const A value = to_accumulator(src[i * step_src]);
+    dst[i] = relu && to_accumulator(relu[i * step_relu]) <= 0 ? A(0) : value;
+  }
+}
+
+// A vector of channels c.. at (n, y, x) of a source whose channels are contiguous.
+template <class T>
+FASTNN_INLINE Vec<Accumulator<T>> read_channels(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t x,
+                                                int lanes) {
+  using A = Accumulator<T>;
+  const T* data = static_cast<const T*>(s.data);
+  if (s.pool_code) {
+    const PoolShape& pool = s.pool;
+    Vec<A> sum{};
+    for (int64_t py = first_window(y, pool.kernel_h, pool.stride_h);
+         py <= last_window(y, pool.stride_h, pool.out_h); ++py)
+      for (int64_t px = first_window(x, pool.kernel_w, pool.stride_w);
+           px <= last_window(x, pool.stride_w, pool.out_w); ++px) {
+        const int64_t element = (y - py * pool.stride_h) * pool.kernel_w + x - px * pool.stride_w;
+        const uint8_t* code = s.pool_code + offset4(s.code_stride, n, c, py, px);
+        Mask<A> chosen{};
+        for (int i = 0; i < lanes; ++i) chosen[i] = code[i] == element ? -1 : 0;
+        sum += chosen ? load_n(data + offset4(s.stride, n, c, py, px), lanes) : Vec<A>{};
+      }
+    return sum;
+  }
+  const T* src = data + offset4(s.stride, n, c, y, x);
+  const bool full = lanes == kLanes<A>;
+  const Vec<A> value = full ? load(src) : load_n(src, lanes);
+  if (!s.relu_output) return value;
+  const T* relu = static_cast<const T*>(s.relu_output) + offset4(s.relu_stride, n, c, y, x);
+  return masked<T>(value, full ? load(relu) : load_n(relu, lanes));
+}
+
+// Transposes kLanes<A> vectors in place: swaps ever smaller off-diagonal blocks.
+template <class A, int half>
+FASTNN_INLINE void swap_blocks(Vec<A>* rows) {
+  constexpr int n = kLanes<A>;
+  Mask<A> low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    low[i] = (i & half) ? i - half + n : i;
+    high[i] = (i & half) ? i + n : i + half;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i)
+    if (!(i & half)) {
+      const Vec<A> a = rows[i], b = rows[i + half];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + half] = __builtin_shuffle(a, b, high);
+    }
+}
+template <class A>
+FASTNN_INLINE void transpose(Vec<A>* rows) {
+  if constexpr (kLanes<A> > 8) swap_blocks<A, 8>(rows);
+  if constexpr (kLanes<A> > 4) swap_blocks<A, 4>(rows);
+  if constexpr (kLanes<A> > 2) swap_blocks<A, 2>(rows);
+  swap_blocks<A, 1>(rows);
+}
+
+// read_row for `channels` channels at once, channel c at dst + c * plane: a source whose channels are contiguous.
+template <class T>
+void read_rows(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int64_t y, int64_t x, int64_t step,
+               int64_t count, Accumulator<T>* dst, int64_t plane) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  for (int64_t c = 0; c < channels; c += L) {
+    const int width = int(channels - c < L ? channels - c : L);
+    for (int64_t i = 0; i < count; i += L) {
+      const int length = int(count - i < L ? count - i : L);
+      Vec<A> rows[L];
+      for (int j = 0; j < L; ++j)
+        rows[j] = j < length ? read_channels<T>(s, n, c0 + c, y, x + (i + j) * step, width) : Vec<A>{};
+      transpose<A>(rows);
+      if (length == L) {
+        for (int j = 0; j < width; ++j) store(dst + (c + j) * plane + i, rows[j]);
+      } else {
+        for (int j = 0; j < width; ++j) store_n(dst + (c + j) * plane + i, rows[j], length);
+      }
+    }
+  }
+}
+
+// ---- packing planes ----
+
+struct Block {
+  int64_t n, images, row, rows, pitch_image;
+};
+
+FASTNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTNN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class A>
+FASTNN_INLINE void zero(A* p, int64_t count) {
+  __builtin_memset(p, 0, size_t(count > 0 ? count : 0) * sizeof(A));
+}
+
+// Packs `channels` planes of `block`. Source rows from `end_row` on count as outside. Returns whether all of it was
+// finite.
+template <class T>
+bool pack_planes(const ConvSource& s, const Planes& p, const Block& block, int64_t end_row, int64_t c0,
+                 int64_t channels, Accumulator<T>* planes) {
+  using A = Accumulator<T>;
+  const int64_t phase_size = p.plane / p.phases, plane_rows = block.rows + p.halo_h;
+  const bool by_channel = s.stride.c == 1 && s.stride.w != 1 && channels > 1 && (!s.pool_code || s.code_stride.c == 1) &&
+                          (!s.relu_output || s.relu_stride.c == 1);
+  for (int64_t phase = 0; phase < p.phases; ++phase) {
+    // Plane column j holds source column j * step_w + shift.
+    const int64_t shift = p.phase_w[phase] - p.origin_w;
+    const int64_t first = least(p.pitch, shift < 0 ? ceil_div(-shift, p.step_w) : 0);
+    const int64_t last = most(first, least(p.pitch, s.width > shift ? ceil_div(s.width - shift, p.step_w) : 0));
+    for (int64_t image = 0; image < block.images; ++image)
+      for (int64_t i = 0; i < plane_rows; ++i) {
+        const int64_t y = (block.row + i) * p.step_h + p.phase_h[phase] - p.origin_h;
+        const bool inside = y >= 0 && y < end_row && last > first;
+        A* row = planes + phase * phase_size + image * block.pitch_image + i * p.pitch;
+        const int64_t x = first * p.step_w + shift;
+        if (inside && by_channel)
+          read_rows<T>(s, block.n + image, c0, channels, y, x, p.step_w, last - first, row + first, p.plane);
+        for (int64_t c = 0; c < channels; ++c) {
+          A* dst = row + c * p.plane;
+          if (!inside) {
+            zero(dst, p.pitch);
+            continue;
+          }
+          zero(dst, first);
+          if (!by_channel)
+            read_row<T>(s, block.n + image, c0 + c, y, x, p.step_w, last - first, dst + first);
+          zero(dst + last, p.pitch - last);
+        }
+      }
+    const int64_t used = (block.images - 1) * block.pitch_image + plane_rows * p.pitch;
+    for (int64_t c = 0; c < channels; ++c) zero(planes + c * p.plane + phase * phase_size + used, phase_size - used);
+  }
+  Vec<A> not_finite{};
+  for (int64_t i = 0; i < channels * p.plane; i += kLanes<A>) not_finite += load(planes + i) * A(0);
+  return sum_lanes(not_finite) == 0;
+}
+
+FASTNN_INLINE int64_t tap_offset(const Planes& p, const Tap& tap) {
+  return tap.phase * (p.plane / p.phases) + tap.row * p.pitch + tap.col;
+}
+
+// ---- forward and input gradient ----
+
+template <class A, int MR, int NV>
+void tile(const A* planes, int64_t plane, int64_t channels, const int64_t* offsets, int64_t taps, const A* weight,
+          const A* bias, bool relu, A* out, int64_t out_pitch) {
+  Vec<A> sum[MR][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) sum[m][v] = splat(bias ? bias[m] : A(0));
+  for (int64_t c = 0; c < channels; ++c, planes += plane)
+    for (int64_t t = 0; t < taps; ++t, weight += MR) {
+      const A* operand = planes + offsets[t];
+      Vec<A> b[NV];
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) b[v] = load(operand + v * kLanes<A>);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const Vec<A> a = splat(weight[m]);
+#pragma GCC unroll 3
+        for (int v = 0; v < NV; ++v) sum[m][v] += a * b[v];
+      }
+    }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v)
+      store(out + m * out_pitch + v * kLanes<A>, 
+            relu ? (sum[m][v] < Vec<A>{} ? Vec<A>{} : sum[m][v]) : sum[m][v]);
+}
+
+template <class A>
+using TileFn = void (*)(const A*, int64_t, int64_t, const int64_t*, int64_t, const A*, const A*, bool, A*, int64_t);
+
+// The widest tile of result channels that still fits `rest`: 8 (AVX-512), 4, 2 or 1.
+FASTNN_INLINE int tile_results(int64_t rest) {
+  int m = kTileResults;
+  while (m > rest) m /= 2;
+  return m;
+}
+
+template <class A, int MR>
+FASTNN_INLINE TileFn<A> tile_of_vectors(int vectors) {
+  return vectors == 3 ? tile<A, MR, 3> : vectors == 2 ? tile<A, MR, 2> : tile<A, MR, 1>;
+}
+template <class A>
+TileFn<A> tile_for(int results, int vectors) {
+#if FASTNN_VECTOR_BYTES == 64
+  if (results == 8) return tile_of_vectors<A, 8>(vectors);
+#endif
+  return results == 4 ? tile_of_vectors<A, 4>(vectors)
+                      : results == 2 ? tile_of_vectors<A, 2>(vectors) : tile_of_vectors<A, 1>(vectors);
+}
+
+template <class T>
+void pack_weight(const TapConv& p, const void* weight_, const int64_t* strides, void* packed_, int64_t begin,
+                 int64_t end) {
+  using A = Accumulator<T>;
+  const T* weight = static_cast<const T*>(weight_);
+  const int64_t depth = p.group_channels * p.num_taps, blocks = ceil_div(p.group_results, kTileResults);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t group = index / blocks, first = index % blocks * kTileResults;
+    const int64_t last = least(first + kTileResults, p.group_results);
+    for (int64_t m = first; m < last;) {
+      const int width = tile_results(last - m);
+      A* packed = static_cast<A*>(packed_) + (group * p.group_results + m) * depth;
+      for (int64_t c = 0; c < p.group_channels; ++c)
+        for (int64_t t = 0; t < p.num_taps; ++t)
+          for (int i = 0; i < width; ++i)
+            *packed++ = to_accumulator(
+                weight[group * strides[0] + (m + i) * strides[1] + c * strides[2] + p.taps[t].weight]);
+      m += width;
+    }
+  }
+}
+
+// One row of results of channels [m, m + channels), channel i at src + i * pitch.
+template <class T>
+void write_rows(void* data, const Strides4& stride, int64_t n, int64_t m, int64_t channels, int64_t y,
+                const Accumulator<T>* src, int64_t pitch, int64_t count) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  T* dst = static_cast<T*>(data) + offset4(stride, n, m, y, 0);
+  if (stride.w == 1) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const A* from = src + c * pitch;
+      T* to = dst + c * stride.c;
+      int64_t i = 0;
+      for (; i + L <= count; i += L) store(to + i, load(from + i));
+      if (i < count) store_n(to + i, load_n(from + i, int(count - i)), int(count - i));
+    }
+  } else if (stride.c == 1) {
+    for (int64_t i = 0; i < count; i += L) {
+      const int length = int(least(L, count - i));
+      for (int64_t c = 0; c < channels; c += L) {
+        const int width = int(least(L, channels - c));
+        Vec<A> rows[L];
+        // The panel is padded to whole vectors along a row, so reading past `count` is safe.
+        for (int j = 0; j < L; ++j) rows[j] = j < width ? load(src + (c + j) * pitch + i) : Vec<A>{};
+        transpose<A>(rows);
+        for (int j = 0; j < length; ++j) {
+          if (width == L)
+            store(dst + (i + j) * stride.w + c, rows[j]);
+          else
+            store_n(dst + (i + j) * stride.w + c, rows[j], width);
+        }
+      }
+    }
+  } else {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < count; ++i)
+        dst[c * stride.c + i * stride.w] = from_accumulator<T>(src[c * pitch + i]);
+  }
+}
+
+// Max-pools convolution rows (`row`, pitch apart) into one pooled row, in place at `row`, and its codes.
+template <class A>
+void pool_row(A* row, int64_t pitch, const PoolShape& pool, uint8_t* code, int64_t code_step) {
+  for (int64_t px = 0; px < pool.out_w; ++px) {
+    const A* window = row + px * pool.stride_w;
+    A best = window[0];
+    uint8_t element = 0;
+    for (int64_t i = 0; i < pool.kernel_h; ++i)
+      for (int64_t j = 0; j < pool.kernel_w; ++j) {
+        const A value = window[i * pitch + j];
+        // Torch's order: the first of equal maxima, the last NaN.
+        if (value > best || value != value) {
+          best = value;
+          element = uint8_t(i * pool.kernel_w + j);
+        }
+      }
+    code[px * code_step] = best <= 0 ? kPoolNone : element;
+    row[px] = best;
+  }
+}
+
+template <class T>
+void write_panel(const TapConv& p, const Block& block, int64_t m, int64_t channels, Accumulator<T>* panel,
+                 int64_t pitch) {
+  using A = Accumulator<T>;
+  const PoolShape& pool = p.result.pool;
+  const bool pooled = p.result.pool_code != nullptr;
+  for (int64_t image = 0; image < block.images; ++image) {
+    A* rows = panel + image * block.pitch_image;
+    if (!pooled) {
+      for (int64_t i = 0; i < block.rows; ++i)
+        write_rows<T>(p.result.data, p.result.stride, block.n + image, m, channels, block.row + i,
+                      rows + i * p.planes.pitch, pitch, p.cols);
+      continue;
+    }
+    // Overlapping windows need a row again that pooling in place would have overwritten: only the first pooled row's
+    // own columns are, and those are the last use of that convolution row when windows do not overlap.
+    for (int64_t i = 0; i + pool.kernel_h <= block.rows; i += pool.stride_h) {
+      const int64_t py = (block.row + i) / pool.stride_h;
+      A* first = rows + i * p.planes.pitch;
+      for (int64_t c = 0; c < channels; ++c)
+        pool_row(first + c * pitch, p.planes.pitch, pool,
+                 p.result.pool_code + offset4(p.result.code_stride, block.n + image, m + c, py, 0),
+                 p.result.code_stride.w);
+      write_rows<T>(p.result.data, p.result.stride, block.n + image, m, channels, py, first, pitch, pool.out_w);
+    }
+  }
+}
+
+// The block of a task: images, and rows such that pooling windows are whole.
+FASTNN_INLINE Block block_of(const Planes& planes, const PoolShape& pool, bool pooled, int64_t batch, int64_t rows,
+                             int64_t image_block, int64_t row_block) {
+  Block block;
+  block.n = image_block * planes.block_images;
+  block.images = least(planes.block_images, batch - block.n);
+  // Neighbouring blocks of overlapping windows share kernel_h - stride_h rows.
+  const int64_t step = pooled ? planes.block_rows - most(0, pool.kernel_h - pool.stride_h) : planes.block_rows;
+  block.row = row_block * step;
+  block.rows = least(planes.block_rows, rows - block.row);
+  block.pitch_image = (block.rows + planes.halo_h) * planes.pitch;
+  return block;
+}
+
+template <class T>
+void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  constexpr int64_t L = kLanes<A>;
+  const Planes& planes = p.planes;
+  int64_t* offsets = static_cast<int64_t*>(scratch_);
+  for (int64_t t = 0; t < p.num_taps; ++t) offsets[t] = tap_offset(planes, p.taps[t]);
+  A* packed = reinterpret_cast<A*>(offsets + ceil_div(p.num_taps, 8) * 8);
+  A* panel = packed + p.block_groups * p.group_channels * planes.plane;
+  const int64_t depth = p.group_channels * p.num_taps;
+
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t channel_block = task % p.channel_blocks, rest = task / p.channel_blocks;
+    const Block block = block_of(planes, p.result.pool, p.result.pool_code != nullptr, p.batch, p.rows,
+                                 rest / p.row_blocks, rest % p.row_blocks);
+    // Result channels [m_begin, m_end) of all groups together; their groups' planes are packed.
+    const int64_t splits = ceil_div(p.group_results, p.block_results);
+    const int64_t group = channel_block / splits * p.block_groups;
+    const int64_t groups = least(p.block_groups, p.groups - group);
+    const int64_t m_begin = group * p.group_results + channel_block % splits * p.block_results;
+    const int64_t m_end = least(m_begin + p.block_groups * p.block_results, (group + groups) * p.group_results);
+    pack_planes<T>(p.source, planes, block, p.source.height, group * p.group_channels, groups * p.group_channels,
+                   packed);
+
+    // One run of positions, or one an image where that takes fewer vectors.
+    const int64_t image_run = (block.rows - 1) * planes.pitch + p.cols;
+    const int64_t whole_run = (block.images - 1) * block.pitch_image + image_run;
+    const bool by_image = block.images * ceil_div(image_run, L) < ceil_div(whole_run, L);
+    const int64_t runs = by_image ? block.images : 1, run_length = by_image ? image_run : whole_run;
+    const int64_t pitch = ceil_div(whole_run, L) * L + L;
+
+    for (int64_t m0 = m_begin, m1; m0 < m_end; m0 = m1) {
+      // A panel is some whole groups, or part of one: weights are packed group by group.
+      const int64_t limit = p.panel < p.group_results ? (m0 / p.group_results + 1) * p.group_results : m_end;
+      m1 = least(m0 + p.panel, least(limit, m_end));
+      for (int64_t m = m0; m < m1;) {
+        const int64_t g = m / p.group_results;
+        const int width = tile_results(least(m1, (g + 1) * p.group_results) - m);
+        const A* weight = static_cast<const A*>(p.weight) + m * depth;
+        const A* bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
+        const A* source = packed + (g - group) * p.group_channels * planes.plane;
+        A* out = panel + (m - m0) * pitch;
+        for (int64_t r = 0; r < runs; ++r) {
+          const int64_t start = r * block.pitch_image, stop = start + run_length;
+          for (int64_t at = start; at < stop;) {
+            const int64_t left = ceil_div(stop - at, L);
+            // Four vectors go as two and two: a tile of one has too few sums to hide an FMA's latency.
+            const int vectors = int(left == 4 ? 2 : least(kTileVectors, left));
+            tile_for<A>(width, vectors)(source + at, planes.plane, p.group_channels, offsets, p.num_taps, weight, bias,
+                                        p.relu, out + at, pitch);
+            at += vectors * L;
+          }
+        }
+        m += width;
+      }
+      write_panel<T>(p, block, m0, m1 - m0, panel, pitch);
+    }
+  }
+}
+
+// ---- weight gradient ----
+
+// sums[m * sums_pitch + j] += sum over rows x cols of grads[m] * planes[offsets[j]].
+template <class A, int MR, int NJ>
+void grad_tile(const A* grads, int64_t grad_plane, const A* planes, const int64_t* offsets, int64_t rows, int64_t cols,
+               int64_t pitch, A* sums, int64_t sums_pitch) {
+  Vec<A> sum[MR][NJ] = {};
+  const A* operand[NJ];
+#pragma GCC unroll 9
+  for (int j = 0; j < NJ; ++j) operand[j] = planes + offsets[j];
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t i = row * pitch;
+    const int64_t end = i + cols;
+    for (; i + kLanes<A> <= end; i += kLanes<A>) {
+      Vec<A> g[MR];
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m) g[m] = load(grads + m * grad_plane + i);
+#pragma GCC unroll 9
+      for (int j = 0; j < NJ; ++j) {
+        const Vec<A> x = load(operand[j] + i);
+#pragma GCC unroll 4
+        for (int m = 0; m < MR; ++m) sum[m][j] += g[m] * x;
+      }
+    }
+    if (i < end) {
+      for (int j = 0; j < NJ; ++j) {
+        const Vec<A> x = load_n(operand[j] + i, int(end - i));
+        for (int m = 0; m < MR; ++m) sum[m][j] += load_n(grads + m * grad_plane + i, int(end - i)) * x;
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 9
+    for (int j = 0; j < NJ; ++j) sums[m * sums_pitch + j] += sum_lanes(sum[m][j]);
+}
+
+template <class A, int MR>
+void grad_tiles(const A* grads, int64_t grad_plane, const A* planes, const int64_t* offsets, int64_t pairs, int64_t rows,
+                int64_t cols, int64_t pitch, A* sums, int64_t sums_pitch) {
+  constexpr int kWide = MR == 1 ? 9 : kTilePairs;
+  int64_t j = 0;
+  for (; j + kWide <= pairs; j += kWide)
+    grad_tile<A, MR, kWide>(grads, grad_plane, planes, offsets + j, rows, cols, pitch, sums + j, sums_pitch);
+  for (; j + 3 <= pairs; j += 3)
+    grad_tile<A, MR, 3>(grads, grad_plane, planes, offsets + j, rows, cols, pitch, sums + j, sums_pitch);
+  for (; j < pairs; ++j)
+    grad_tile<A, MR, 1>(grads, grad_plane, planes, offsets + j, rows, cols, pitch, sums + j, sums_pitch);
+}
+
+template <class A>
+A sum_run(const A* p, int64_t count) {
+  Vec<A> sum{};
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) sum += load(p + i);
+  if (i < count) sum += load_n(p + i, int(count - i));
+  return sum_lanes(sum);
+}
+
+// All result channels [m, m + results) of one group against the packed channels of one block.
+template <class A>
+void grad_block(const A* grads, int64_t grad_plane, int64_t results, const A* planes, const int64_t* offsets,
+                int64_t pairs, int64_t rows, int64_t cols, int64_t pitch, A* sums, int64_t sums_pitch) {
+  for (int64_t m = 0; m < results;) {
+    const A* grad = grads + m * grad_plane;
+    A* out = sums + m * sums_pitch;
+    const int width = results - m >= 4 ? 4 : results - m >= 2 ? 2 : 1;
+    if (width == 4)
+      grad_tiles<A, 4>(grad, grad_plane, planes, offsets, pairs, rows, cols, pitch, out, sums_pitch);
+    else if (width == 2)
+      grad_tiles<A, 2>(grad, grad_plane, planes, offsets, pairs, rows, cols, pitch, out, sums_pitch);
+    else
+      grad_tiles<A, 1>(grad, grad_plane, planes, offsets, pairs, rows, cols, pitch, out, sums_pitch);
+    m += width;
+  }
+}
+
+template <class T>
+void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  const Planes& planes = p.planes;
+  int64_t* offsets = static_cast<int64_t*>(scratch_);
+  for (int64_t c = 0; c < p.block_channels; ++c)
+    for (int64_t t = 0; t < p.num_taps; ++t)
+      offsets[c * p.num_taps + t] = c * planes.plane + tap_offset(planes, p.taps[t]);
+  A* packed = reinterpret_cast<A*>(offsets + ceil_div(p.block_channels * p.num_taps, 8) * 8);
+  A* grads = packed + p.block_groups * p.block_channels * planes.plane;
+  const int64_t results = p.groups * p.group_results, sums_pitch = p.group_channels * p.num_taps;
+  const int64_t blocks = p.image_blocks * p.row_blocks;
+  const int64_t result_splits = ceil_div(p.group_results, p.block_results);
+  const int64_t channel_splits = ceil_div(p.group_channels, p.block_channels);
+  // The gradient's planes: the source's layout, without halo or phases.
+  Planes grad_planes = planes;
+  grad_planes.step_h = grad_planes.step_w = grad_planes.phases = 1;
+  grad_planes.origin_h = grad_planes.origin_w = grad_planes.phase_h[0] = grad_planes.phase_w[0] = 0;
+  grad_planes.plane = planes.plane / planes.phases;
+
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t slice = task / p.channel_blocks, rest = task % p.channel_blocks;
+    const int64_t channel_split = rest % channel_splits, result_split = rest / channel_splits % result_splits;
+    const int64_t group = rest / (channel_splits * result_splits) * p.block_groups;
+    const int64_t groups = least(p.block_groups, p.groups - group);
+    const int64_t c0 = channel_split * p.block_channels, channels = least(p.block_channels, p.group_channels - c0);
+    const int64_t m0 = result_split * p.block_results, count = least(p.block_results, p.group_results - m0);
+    const int64_t first = group * p.group_results + m0;  // of groups * count result channels in a row
+    A* sums = static_cast<A*>(p.weight_sums) + slice * results * sums_pitch + c0 * p.num_taps;
+    A* bias_sums = p.bias_sums && channel_split == 0 ? static_cast<A*>(p.bias_sums) + slice * results : nullptr;
+    for (int64_t m = first; m < first + groups * count; ++m) {
+      zero(sums + m * sums_pitch, channels * p.num_taps);
+      if (bias_sums) bias_sums[m] = 0;
+    }
+
+    for (int64_t b = blocks * slice / p.slices; b < blocks * (slice + 1) / p.slices; ++b) {
+      const Block block = block_of(planes, PoolShape{}, false, p.batch, p.rows, b / p.row_blocks, b % p.row_blocks);
+      bool finite = pack_planes<T>(p.source, planes, block, p.source.height, group * p.group_channels + c0,
+                                   groups * channels, packed);
+      finite &=
+          pack_planes<T>(p.grad, grad_planes, block, block.row + block.rows, first, groups * count, grads);
+      const int64_t whole = (block.images - 1) * block.pitch_image + (block.rows - 1) * planes.pitch + p.cols;
+      for (int64_t g = 0; g < groups; ++g) {
+        const A* grad = grads + g * count * grad_planes.plane;
+        const A* source = packed + g * channels * planes.plane;
+        const int64_t m = first + g * count;
+        // Between the rows the gradient's planes are zero, so the block is one long row, unless the source has an inf
+        // or NaN there to multiply.
+        if (finite) {
+          grad_block(grad, grad_planes.plane, count, source, offsets, channels * p.num_taps, 1, whole, planes.pitch,
+                     sums + m * sums_pitch, sums_pitch);
+        } else {
+          for (int64_t image = 0; image < block.images; ++image)
+            grad_block(grad + image * block.pitch_image, grad_planes.plane, count, source + image * block.pitch_image,
+                       offsets, channels * p.num_taps, block.rows, p.cols, planes.pitch, sums + m * sums_pitch,
+                       sums_pitch);
+        }
+        if (bias_sums)
+          for (int64_t i = 0; i < count; ++i) bias_sums[m + i] += sum_run(grad + i * grad_planes.plane, whole);
+      }
+    }
+  }
+}
+
+template <class T>
+void sum_slices(const void* sums_, int64_t slices, int64_t count, void* out_, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  const A* sums = static_cast<const A*>(sums_);
+  T* out = static_cast<T*>(out_);
+  for (int64_t i = begin; i < end; ++i) {
+    A total = sums[i];
+    for (int64_t slice = 1; slice < slices; ++slice) total += sums[slice * count + i];
+    out[i] = from_accumulator<T>(total);
+  }
+}
+
+template <class T>
+void widen(const void* in, int64_t stride, void* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    static_cast<Accumulator<T>*>(out)[i] = to_accumulator(static_cast<const T*>(in)[i * stride]);
+}
+
+#define FASTNN_ALL_DTYPES(function) \
+  { function<double>, function<float>, function<bf16>, function<f16> }
+const ConvKernels kConvKernels = {
+    {kLanes<double>, kLanes<float>}, kTileResults,
+    kTileVectors,                    FASTNN_ALL_DTYPES(pack_weight),
+    FASTNN_ALL_DTYPES(run),          FASTNN_ALL_DTYPES(run_grad),
+    FASTNN_ALL_DTYPES(sum_slices),   FASTNN_ALL_DTYPES(widen),
+};
+#undef FASTNN_ALL_DTYPES

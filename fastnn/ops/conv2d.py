@@ -1,0 +1,242 @@
+"""Conv2d: autograd and fake rules of ``fastnn::conv2d``, ``conv2d_relu_max_pool2d`` and ``conv2d_backward``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnn import dispatch as dispatch  # registers the operators
+from fastnn.ops.autograd import BelowAutograd, differentiable
+from fastnn.ops.relu import relu_backward
+
+Ints = list[int]
+
+
+def _output_size(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
+    """Sizes of the convolution's result; padding is (top, left, bottom, right)."""
+    spatial = [
+        (input.shape[2 + d] + padding[d] + padding[2 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1
+        for d in range(2)
+    ]
+    return [input.shape[0], weight.shape[0], *spatial]
+
+
+def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    either = (torch._prims_common.suggest_memory_format(t) for t in (input, weight))
+    return torch.channels_last if torch.channels_last in either else torch.contiguous_format
+
+
+@torch.library.register_fake("fastnn::conv2d")
+def _conv2d_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    size = _output_size(input, weight, stride, padding, dilation)
+    return input.new_empty(size).to(memory_format=_memory_format(input, weight))
+
+
+@torch.library.register_fake("fastnn::conv2d_relu_max_pool2d")
+def _conv2d_relu_max_pool2d_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    pool_kernel_size: Ints,
+    pool_stride: Ints,
+) -> tuple[Tensor, Tensor]:
+    size = _output_size(input, weight, stride, padding, dilation)
+    size[2:] = [(size[2 + d] - pool_kernel_size[d]) // pool_stride[d] + 1 for d in range(2)]
+    output = input.new_empty(size).to(memory_format=_memory_format(input, weight))
+    return output, torch.empty_like(output, dtype=torch.uint8)
+
+
+@torch.library.register_fake("fastnn::conv2d_backward")
+def _conv2d_backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    relu_output: Tensor | None,
+    pool_code: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    pool_kernel_size: Ints,
+    pool_stride: Ints,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    none = input.new_empty([0])
+    return (
+        input.new_empty(input.shape).to(memory_format=_memory_format(input, weight)) if output_mask[0] else none,
+        weight.new_empty(weight.shape) if output_mask[1] else none.clone(),
+        weight.new_empty([weight.shape[0]]) if output_mask[2] else none.clone(),
+    )
+
+
+class Conv2dBackward(torch.autograd.Function):
+    """The gradients of input, weight and bias: bilinear, so their own gradients are convolutions again."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with BelowAutograd():
+            return torch.ops.fastnn.conv2d_backward.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        grad_output, input, weight, relu_output, pool_code, *ctx.geometry, pool_kernel, pool_stride, mask = inputs
+        ctx.save_for_backward(grad_output, input, weight, relu_output, pool_code)
+        ctx.pool, ctx.mask = (pool_kernel, pool_stride), mask
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t, wanted in zip(output, mask, strict=True) if not wanted))
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_input: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None
+    ) -> tuple[Any, ...]:
+        grad_output, input, weight, relu_output, pool_code = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        geometry = (stride, padding, dilation, groups)
+        grad_input, grad_weight, grad_bias = (
+            g if wanted else None for g, wanted in zip((grad_input, grad_weight, grad_bias), ctx.mask, strict=True)
+        )
+        # What the masks let through, as a plain gradient of the convolution's result.
+        plain = _unmask(grad_output, input, weight, relu_output, pool_code, geometry, ctx.pool)
+        none = ([], [], None)
+        of_grad_output = of_input = of_weight = None
+        if ctx.needs_input_grad[0]:
+            terms = []
+            if grad_input is not None:
+                terms.append(conv2d(grad_input, weight, None, *geometry, False))
+            if grad_weight is not None:
+                terms.append(conv2d(input, grad_weight, None, *geometry, False))
+            if grad_bias is not None:
+                terms.append(grad_bias.view(1, -1, 1, 1).expand_as(plain))
+            if terms:
+                of_grad_output = sum(terms[1:], terms[0])
+                of_grad_output = _mask(of_grad_output, relu_output, pool_code, ctx.pool)
+        if ctx.needs_input_grad[1] and grad_weight is not None:
+            of_input = conv2d_backward(
+                plain, input, grad_weight, None, None, *geometry, *none[:2], [True, False, False]
+            )[0]
+        if ctx.needs_input_grad[2] and grad_input is not None:
+            of_weight = conv2d_backward(
+                plain, grad_input, weight, None, None, *geometry, *none[:2], [False, True, False]
+            )[1]
+        return (of_grad_output, of_input, of_weight, *[None] * 9)
+
+
+def _pool_index(code: Tensor, width: int, pool: tuple[Ints, Ints]) -> tuple[Tensor, Tensor]:
+    """Flat index into rows of the convolution's result that each pooled element came from, and whether any did."""
+    (_, kernel_w), (stride_h, stride_w) = pool
+    alive = code != 255
+    element = torch.where(alive, code, 0).to(torch.int64)
+    rows = torch.arange(code.shape[2], device=code.device).view(-1, 1) * stride_h + element // kernel_w
+    cols = torch.arange(code.shape[3], device=code.device) * stride_w + element % kernel_w
+    return (rows * width + cols).flatten(2), alive
+
+
+def _unmask(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    relu_output: Tensor | None,
+    code: Tensor | None,
+    geometry: tuple[Any, ...],
+    pool: tuple[Ints, Ints],
+) -> Tensor:
+    """The gradient before ReLU (and max-pool), by differentiable operations."""
+    if relu_output is not None and code is None:
+        return relu_backward(grad_output, relu_output)
+    if code is None:
+        return grad_output
+    size = _output_size(input, weight, *geometry[:3])
+    index, alive = _pool_index(code, size[3], pool)
+    zeros = grad_output.new_zeros([size[0], size[1], size[2] * size[3]])
+    return zeros.scatter_add(2, index, (grad_output * alive).flatten(2)).view(size)
+
+
+def _mask(grad: Tensor, relu_output: Tensor | None, code: Tensor | None, pool: tuple[Ints, Ints]) -> Tensor:
+    """The transpose of ``_unmask``."""
+    if relu_output is not None and code is None:
+        return relu_backward(grad, relu_output)
+    if code is None:
+        return grad
+    index, alive = _pool_index(code, grad.shape[3], pool)
+    return grad.flatten(2).gather(2, index).view(code.shape) * alive
+
+
+class Conv2d(torch.autograd.Function):
+    """``fastnn::conv2d``; saves input and weight, and where ReLU is fused its result."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        with BelowAutograd():
+            return torch.ops.fastnn.conv2d.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, bias, *ctx.geometry, relu = inputs
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(input, weight, output if relu else None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        input, weight, relu_output = ctx.saved_tensors
+        grads = _gradients(ctx, grad, input, weight, relu_output, None, [], [])
+        return (*grads, *[None] * 5)
+
+
+class Conv2dReLUMaxPool2d(torch.autograd.Function):
+    """``fastnn::conv2d_relu_max_pool2d``; saves input, weight and one byte a pooled element."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        with BelowAutograd():
+            return torch.ops.fastnn.conv2d_relu_max_pool2d.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input, weight, bias, *ctx.geometry, pool_kernel_size, pool_stride = inputs
+        ctx.has_bias = bias is not None
+        ctx.pool = (pool_kernel_size, pool_stride)
+        ctx.save_for_backward(input, weight, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+        input, weight, code = ctx.saved_tensors
+        grads = _gradients(ctx, grad, input, weight, None, code, *ctx.pool)
+        return (*grads, *[None] * 6)
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    relu_output: Tensor | None,
+    code: Tensor | None,
+    pool_kernel_size: Ints,
+    pool_stride: Ints,
+) -> list[Tensor | None]:
+    mask = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
+    grads = conv2d_backward(
+        grad, input, weight, relu_output, code, *ctx.geometry, pool_kernel_size, pool_stride, mask
+    )
+    return [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
+
+
+conv2d_backward = differentiable("conv2d_backward", Conv2dBackward)
+conv2d = differentiable("conv2d", Conv2d)
+conv2d_relu_max_pool2d = differentiable("conv2d_relu_max_pool2d", Conv2dReLUMaxPool2d)
