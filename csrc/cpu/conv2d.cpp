@@ -15,11 +15,12 @@ using Ints = std::vector<int64_t>;
 using torch::headeronly::MemoryFormat;
 
 // Half of an L2 cache of 512 KiB holds a task's packed planes, a quarter its result panel.
-constexpr int64_t kPlanesBytes = 256 << 10, kPanelBytes = 64 << 10;
-// Result channels written together where they are contiguous: three cache lines of float32, and whole tiles.
-constexpr int64_t kPanelResults = 48;
-// The weight gradient sums lanes once a block and pair: longer blocks, fewer sums.
-constexpr int64_t kGradPositions = 1024, kGradBytes = 384 << 10, kGradChannels = 64;
+constexpr int64_t kPlanesBytes = 256 << 10, kPanelBytes = 128 << 10;
+constexpr int64_t kPanelResults = 64;
+constexpr int64_t kDepthBytes = 20 << 10;  // a tile's operands: most of an L1 cache, beside the weights that pass by
+// The dot-product weight gradient sums lanes once a block and pair: longer blocks, fewer sums. The outer-product one
+// has a block's operands of one channel group in the L1 cache.
+constexpr int64_t kDotPositions = 1024, kOuterPositions = 256, kGradBytes = 384 << 10, kGradChannels = 64;
 constexpr int64_t kGradTasks = 32;                  // at the least, where the shape allows: shape alone decides
 constexpr int64_t kSliceBytes = int64_t(64) << 20;  // all private weight gradients together
 
@@ -135,14 +136,14 @@ void set_block(Planes& p, int64_t rows, int64_t images, int64_t lanes) {
 }
 
 // Cuts a TapConv into tasks that fit the cache, and enough of them for the threads.
-void plan(TapConv& p, bool channels_last, int64_t element, int64_t lanes, int64_t tile_results) {
+void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
   const int64_t threads = torch::stable::get_num_threads();
   const PoolShape& pool = p.result.pool;
   const int64_t most_rows = pool.kernel_h ? (pool.out_h - 1) * pool.stride_h + pool.kernel_h : p.rows;
   // Groups are packed together until a channels_last pixel gives whole vectors.
   p.block_groups = std::min(p.groups, ceil_div(16, std::min(p.group_channels, p.group_results)));
   p.block_results = p.group_results;
-  p.panel = channels_last ? kPanelResults : tile_results;
+  p.panel = kPanelResults;
   if (p.group_results < p.panel) p.panel = std::min(p.panel / p.group_results, p.block_groups) * p.group_results;
 
   const int64_t row_positions = p.planes.pitch;
@@ -165,24 +166,26 @@ void plan(TapConv& p, bool channels_last, int64_t element, int64_t lanes, int64_
   p.image_blocks = ceil_div(p.batch, images), p.row_blocks = cut.blocks;
   int64_t splits = 1;
   if (p.block_groups == 1) {
-    const int64_t unit = channels_last ? p.panel : tile_results;
-    splits = std::min(ceil_div(p.group_results, unit), ceil_div(2 * threads, count()));
-    p.block_results = ceil_div(ceil_div(p.group_results, splits), unit) * unit;
+    splits = std::min(ceil_div(p.group_results, tile_results), ceil_div(2 * threads, count()));
+    p.block_results = ceil_div(ceil_div(p.group_results, splits), tile_results) * tile_results;
     splits = ceil_div(p.group_results, p.block_results);
   }
   p.channel_blocks = ceil_div(p.groups, p.block_groups) * splits;
+  // A channel's operands of a tile: some three cache lines for every plane row that the taps read.
+  p.depth_channels = std::max<int64_t>(8, kDepthBytes / ((p.planes.halo_h + 1) * p.planes.phases * 192));
   const int64_t positions = images * (cut.block + p.planes.halo_h) * p.planes.pitch + 2 * lanes;
   p.scratch = (p.num_taps + 8) * 8 + (p.block_groups * p.group_channels * p.planes.plane + p.panel * positions) * element;
 }
 
 void plan(TapGrad& p, int64_t element, int64_t lanes) {
-  p.block_groups = std::min(p.groups, ceil_div(16, std::min(p.group_channels, p.group_results)));
+  p.outer = p.group_channels >= 2 * lanes;
+  p.block_groups = p.outer ? 1 : std::min(p.groups, ceil_div(16, std::min(p.group_channels, p.group_results)));
   p.block_channels = p.block_groups > 1 ? p.group_channels : std::min(p.group_channels, kGradChannels);
   p.block_results = p.block_groups > 1 ? p.group_results : std::min(p.group_results, kGradChannels);
   const auto fits = [&](int64_t rows, int64_t images) {
     set_block(p.planes, rows, images, lanes);
     const int64_t grad_plane = p.planes.plane / p.planes.phases;
-    return images * rows * p.planes.pitch <= kGradPositions &&
+    return images * rows * p.planes.pitch <= (p.outer ? kOuterPositions : kDotPositions) &&
            p.block_groups * (p.block_channels * p.planes.plane + p.block_results * grad_plane) * element <= kGradBytes;
   };
   int64_t rows = p.rows, images = 1;
@@ -198,8 +201,12 @@ void plan(TapGrad& p, int64_t element, int64_t lanes) {
   const int64_t weights = p.groups * p.group_results * p.group_channels * p.num_taps * element;
   p.slices = std::min({p.image_blocks * p.row_blocks, ceil_div(kGradTasks, p.channel_blocks),
                        std::max<int64_t>(1, kSliceBytes / weights)});
+  const int64_t width = p.outer ? 3 * lanes : 1, grad_width = p.outer ? lanes : 1;
+  const int64_t channels = ceil_div(p.block_channels, width) * width;
+  const int64_t results = ceil_div(p.block_results, grad_width) * grad_width;
   p.scratch = (p.block_channels * p.num_taps + 8) * 8 +
-              p.block_groups * (p.block_channels * p.planes.plane + p.block_results * p.planes.plane / p.planes.phases) *
+              (p.block_groups * (channels * p.planes.plane + results * p.planes.plane / p.planes.phases) +
+               (p.outer ? lanes * (p.planes.pitch + lanes) : 0)) *
                   element;
 }
 
@@ -279,7 +286,7 @@ void forward(const char* op, const ConvShape& s, const Tensor& input, const Tens
   p.rows = s.out_h, p.cols = s.out_w;
   p.bias = bias ? wide_bias.get() : nullptr, p.relu = relu;
   const ConvKernels& kernels = conv_kernels();
-  plan(p, output.stride(3) != 1 && output.size(3) > 1, element, kernels.lanes[element == 4], kernels.tile_results);
+  plan(p, element, kernels.lanes[element == 4], kernels.tile_results);
   run_conv(p, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(0), weight.stride(1)});
 }
 
@@ -346,7 +353,7 @@ void grad_input(const ConvShape& s, DType dtype, const ConvSource& grad, const T
       p.result.stride = {stride.n, stride.c, stride.h * s.stride_h, stride.w * s.stride_w};
       p.taps = taps.data(), p.num_taps = int64_t(taps.size());
       p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_out(), p.group_results = s.group_in();
-      plan(p, stride.c == 1 && p.result.stride.w != 1, element, kernels.lanes[element == 4], kernels.tile_results);
+      plan(p, element, kernels.lanes[element == 4], kernels.tile_results);
       run_conv(p, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(1), weight.stride(0)});
     }
 }
@@ -370,11 +377,11 @@ void grad_weight(const ConvShape& s, DType dtype, const Tensor& input, const Con
   p.weight_sums = sums.get();
   p.bias_sums = bias_result ? bias_sums.get() : nullptr;
   run_tasks(p, kernels.run_grad[dtype]);
-  torch::stable::parallel_for(0, count, 16 * 1024, [&](int64_t begin, int64_t end) {
-    kernels.sum_slices[dtype](sums.get(), p.slices, count, weight_result.data_ptr(), begin, end);
-  });
-  if (bias_result)
-    kernels.sum_slices[dtype](bias_sums.get(), p.slices, s.out_channels, bias_result->data_ptr(), 0, s.out_channels);
+  torch::stable::parallel_for(0, s.out_channels, ceil_div(16 * 1024, count / s.out_channels),
+                              [&](int64_t begin, int64_t end) {
+                                kernels.sum_slices[dtype](p, weight_result.data_ptr(), begin, end);
+                              });
+  if (bias_result) kernels.sum_bias_slices[dtype](p, bias_result->data_ptr());
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor input, Tensor weight,

@@ -73,6 +73,7 @@ struct TapConv {
   int64_t image_blocks, row_blocks, channel_blocks;
   int64_t block_groups, block_results;
   int64_t panel;                    // result channels kept in scratch until they are written
+  int64_t depth_channels;           // source channels reduced at a time: a tile's operands then fit the L1 cache
   int64_t scratch;                  // bytes a thread needs
 
   int64_t tasks() const { return image_blocks * row_blocks * channel_blocks; }
@@ -89,8 +90,9 @@ struct TapGrad {
   // are cut by shape alone and summed in order, so the result does not depend on the thread count.
   int64_t image_blocks, row_blocks, slices, channel_blocks;
   int64_t block_groups, block_results, block_channels;
+  bool outer;  // sums of outer products (block_groups is 1), else dot products along the positions
   int64_t scratch;
-  void* weight_sums;  // [slices][groups * group_results][group_channels][num_taps], accumulator type
+  void* weight_sums;  // [slices][groups * group_results][group_channels][num_taps] (outer: taps before channels)
   void* bias_sums;    // [slices][groups * group_results], or null
 
   int64_t tasks() const { return slices * channel_blocks; }
@@ -106,9 +108,9 @@ struct ConvKernels {
                                   int64_t begin, int64_t end);
   void (*run[kNumDTypes])(const TapConv&, void* scratch, int64_t begin, int64_t end);
   void (*run_grad[kNumDTypes])(const TapGrad&, void* scratch, int64_t begin, int64_t end);
-  // out[i] = sum over slices of sums[slice * count + i], in order, for i in [begin, end).
-  void (*sum_slices[kNumDTypes])(const void* sums, int64_t slices, int64_t count, void* out, int64_t begin,
-                                 int64_t end);
+  // The sums over slices: weight gradients of result channels [begin, end), and the bias gradient.
+  void (*sum_slices[kNumDTypes])(const TapGrad&, void* out, int64_t begin, int64_t end);
+  void (*sum_bias_slices[kNumDTypes])(const TapGrad&, void* out);
   void (*to_accumulator[kNumDTypes])(const void* in, int64_t stride, void* out, int64_t count);
 };
 

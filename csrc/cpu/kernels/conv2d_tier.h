@@ -11,8 +11,10 @@
 // Positions are flat: p = row * pitch + column, across the padding between rows, so a tile is full even where rows are
 // short; what falls on the padding is computed and dropped, (pitch - cols) / pitch of the work.
 //
-// Weight gradient (TapGrad): a tile of MR result channels x NJ (channel, tap) pairs accumulates vectors along the
-// positions, where both operands are contiguous, and is summed across lanes once a block.
+// Weight gradient (TapGrad), of many channels: both operands are packed position by position, and a tile of MR result
+// channels x NV vectors of source channels accumulates one tap's outer products over all positions of a block. Of few
+// channels, which would not fill the vectors: a tile of MR result channels x NJ (channel, tap) pairs accumulates vectors
+// along the positions, on planes packed as in the forward pass, and is summed across lanes once a block.
 //
 // Operations: 2 * batch * out_channels * out_h * out_w * (in_channels / groups) * kernel_h * kernel_w a pass. Bytes: each
 // tensor once, plus a packed copy that stays in the cache; rows on a block's border are packed twice.
@@ -23,6 +25,7 @@ constexpr int kTileResults = 8, kTilePairs = 6;
 constexpr int kTileResults = 4, kTilePairs = 3;
 #endif
 constexpr int kTileVectors = 3;
+constexpr int64_t kShortDepth = 64;
 
 // ---- reading a source ----
 
@@ -176,31 +179,46 @@ FASTNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTNN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Mostly a column or two of padding: a loop, which the compiler would otherwise turn into a call of memset.
 template <class A>
 FASTNN_INLINE void zero(A* p, int64_t count) {
-  __builtin_memset(p, 0, size_t(count > 0 ? count : 0) * sizeof(A));
+#pragma GCC novector
+  for (int64_t i = 0; i < count; ++i) {
+    p[i] = 0;
+    __asm__("" : : : "memory");
+  }
 }
 
-// Packs `channels` planes of `block`. Source rows from `end_row` on count as outside. Returns whether all of it was
-// finite.
+// Plane columns [first, last) of a phase hold source columns x, x + step_w, ...; the others are padding.
+struct Columns {
+  int64_t first, last, x;
+};
+FASTNN_INLINE Columns columns_of(const ConvSource& s, const Planes& p, int64_t phase) {
+  const int64_t shift = p.phase_w[phase] - p.origin_w;
+  const int64_t first = least(p.pitch, shift < 0 ? ceil_div(-shift, p.step_w) : 0);
+  const int64_t last = most(first, least(p.pitch, s.width > shift ? ceil_div(s.width - shift, p.step_w) : 0));
+  return {first, last, first * p.step_w + shift};
+}
+
+FASTNN_INLINE bool channels_contiguous(const ConvSource& s) {
+  return s.stride.c == 1 && s.stride.w != 1 && (!s.pool_code || s.code_stride.c == 1) &&
+         (!s.relu_output || s.relu_stride.c == 1);
+}
+
+// Packs `channels` planes of `block`. Source rows from `end_row` on count as outside.
 template <class T>
-bool pack_planes(const ConvSource& s, const Planes& p, const Block& block, int64_t end_row, int64_t c0,
+void pack_planes(const ConvSource& s, const Planes& p, const Block& block, int64_t end_row, int64_t c0,
                  int64_t channels, Accumulator<T>* planes) {
   using A = Accumulator<T>;
   const int64_t phase_size = p.plane / p.phases, plane_rows = block.rows + p.halo_h;
-  const bool by_channel = s.stride.c == 1 && s.stride.w != 1 && channels > 1 && (!s.pool_code || s.code_stride.c == 1) &&
-                          (!s.relu_output || s.relu_stride.c == 1);
+  const bool by_channel = channels > 1 && channels_contiguous(s);
   for (int64_t phase = 0; phase < p.phases; ++phase) {
-    // Plane column j holds source column j * step_w + shift.
-    const int64_t shift = p.phase_w[phase] - p.origin_w;
-    const int64_t first = least(p.pitch, shift < 0 ? ceil_div(-shift, p.step_w) : 0);
-    const int64_t last = most(first, least(p.pitch, s.width > shift ? ceil_div(s.width - shift, p.step_w) : 0));
+    const auto [first, last, x] = columns_of(s, p, phase);
     for (int64_t image = 0; image < block.images; ++image)
       for (int64_t i = 0; i < plane_rows; ++i) {
         const int64_t y = (block.row + i) * p.step_h + p.phase_h[phase] - p.origin_h;
         const bool inside = y >= 0 && y < end_row && last > first;
         A* row = planes + phase * phase_size + image * block.pitch_image + i * p.pitch;
-        const int64_t x = first * p.step_w + shift;
         if (inside && by_channel)
           read_rows<T>(s, block.n + image, c0, channels, y, x, p.step_w, last - first, row + first, p.plane);
         for (int64_t c = 0; c < channels; ++c) {
@@ -218,9 +236,15 @@ bool pack_planes(const ConvSource& s, const Planes& p, const Block& block, int64
     const int64_t used = (block.images - 1) * block.pitch_image + plane_rows * p.pitch;
     for (int64_t c = 0; c < channels; ++c) zero(planes + c * p.plane + phase * phase_size + used, phase_size - used);
   }
-  Vec<A> not_finite{};
-  for (int64_t i = 0; i < channels * p.plane; i += kLanes<A>) not_finite += load(planes + i) * A(0);
-  return sum_lanes(not_finite) == 0;
+}
+
+template <class A>
+bool all_finite(const A* p, int64_t count) {
+  Vec<A> sum[4] = {};  // 0 unless an inf or NaN was multiplied by 0
+  for (int64_t i = 0; i < count; i += 4 * kLanes<A>)
+    for (int j = 0; j < 4; ++j)
+      if (i + j * kLanes<A> < count) sum[j] += load(p + i + j * kLanes<A>) * A(0);
+  return sum_lanes(sum[0] + sum[1] + sum[2] + sum[3]) == 0;
 }
 
 FASTNN_INLINE int64_t tap_offset(const Planes& p, const Tap& tap) {
@@ -229,17 +253,26 @@ FASTNN_INLINE int64_t tap_offset(const Planes& p, const Tap& tap) {
 
 // ---- forward and input gradient ----
 
+// What all tiles of a task share.
+template <class A>
+struct TileSetting {
+  int64_t plane, taps, out_pitch;
+  const int64_t* offsets;
+  bool first, last, relu;  // first: start from the bias, else from `out`; last: apply ReLU
+};
+
 template <class A, int MR, int NV>
-void tile(const A* planes, int64_t plane, int64_t channels, const int64_t* offsets, int64_t taps, const A* weight,
-          const A* bias, bool relu, A* out, int64_t out_pitch) {
+FASTNN_INLINE void tile(const TileSetting<A>& s, const A* planes, int64_t channels, const A* weight, const A* bias,
+                        A* out) {
   Vec<A> sum[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 3
-    for (int v = 0; v < NV; ++v) sum[m][v] = splat(bias ? bias[m] : A(0));
-  for (int64_t c = 0; c < channels; ++c, planes += plane)
-    for (int64_t t = 0; t < taps; ++t, weight += MR) {
-      const A* operand = planes + offsets[t];
+    for (int v = 0; v < NV; ++v)
+      sum[m][v] = s.first ? splat(bias ? bias[m] : A(0)) : load(out + m * s.out_pitch + v * kLanes<A>);
+  for (int64_t c = 0; c < channels; ++c, planes += s.plane)
+    for (int64_t t = 0; t < s.taps; ++t, weight += MR) {
+      const A* operand = planes + s.offsets[t];
       Vec<A> b[NV];
 #pragma GCC unroll 3
       for (int v = 0; v < NV; ++v) b[v] = load(operand + v * kLanes<A>);
@@ -250,16 +283,36 @@ void tile(const A* planes, int64_t plane, int64_t channels, const int64_t* offse
         for (int v = 0; v < NV; ++v) sum[m][v] += a * b[v];
       }
     }
+  if (s.last && s.relu) {
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) sum[m][v] = sum[m][v] < Vec<A>{} ? Vec<A>{} : sum[m][v];
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 3
-    for (int v = 0; v < NV; ++v)
-      store(out + m * out_pitch + v * kLanes<A>, 
-            relu ? (sum[m][v] < Vec<A>{} ? Vec<A>{} : sum[m][v]) : sum[m][v]);
+    for (int v = 0; v < NV; ++v) store(out + m * s.out_pitch + v * kLanes<A>, sum[m][v]);
 }
 
-template <class A>
-using TileFn = void (*)(const A*, int64_t, int64_t, const int64_t*, int64_t, const A*, const A*, bool, A*, int64_t);
+// Vectors the next tile takes of `left`. Four go as two and two: one vector has too few sums to hide an FMA's latency.
+FASTNN_INLINE int64_t tile_vectors(int64_t left) { return left == 4 ? 2 : least(kTileVectors, left); }
+
+// Positions [0, count) of MR result channels.
+template <class A, int MR>
+void tiles(const TileSetting<A>& s, const A* planes, int64_t channels, const A* weight, const A* bias, A* out,
+           int64_t count) {
+  for (int64_t left = ceil_div(count, kLanes<A>); left > 0;) {
+    const int64_t vectors = tile_vectors(left);
+    if (vectors == 3)
+      tile<A, MR, 3>(s, planes, channels, weight, bias, out);
+    else if (vectors == 2)
+      tile<A, MR, 2>(s, planes, channels, weight, bias, out);
+    else
+      tile<A, MR, 1>(s, planes, channels, weight, bias, out);
+    left -= vectors, planes += vectors * kLanes<A>, out += vectors * kLanes<A>;
+  }
+}
 
 // The widest tile of result channels that still fits `rest`: 8 (AVX-512), 4, 2 or 1.
 FASTNN_INLINE int tile_results(int64_t rest) {
@@ -268,17 +321,15 @@ FASTNN_INLINE int tile_results(int64_t rest) {
   return m;
 }
 
-template <class A, int MR>
-FASTNN_INLINE TileFn<A> tile_of_vectors(int vectors) {
-  return vectors == 3 ? tile<A, MR, 3> : vectors == 2 ? tile<A, MR, 2> : tile<A, MR, 1>;
-}
 template <class A>
-TileFn<A> tile_for(int results, int vectors) {
+FASTNN_INLINE void tiles_of(int results, const TileSetting<A>& s, const A* planes, int64_t channels, const A* weight,
+                            const A* bias, A* out, int64_t count) {
 #if FASTNN_VECTOR_BYTES == 64
-  if (results == 8) return tile_of_vectors<A, 8>(vectors);
+  if (results == 8) return tiles<A, 8>(s, planes, channels, weight, bias, out, count);
 #endif
-  return results == 4 ? tile_of_vectors<A, 4>(vectors)
-                      : results == 2 ? tile_of_vectors<A, 2>(vectors) : tile_of_vectors<A, 1>(vectors);
+  if (results == 4) return tiles<A, 4>(s, planes, channels, weight, bias, out, count);
+  if (results == 2) return tiles<A, 2>(s, planes, channels, weight, bias, out, count);
+  return tiles<A, 1>(s, planes, channels, weight, bias, out, count);
 }
 
 template <class T>
@@ -440,32 +491,167 @@ void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
       // A panel is some whole groups, or part of one: weights are packed group by group.
       const int64_t limit = p.panel < p.group_results ? (m0 / p.group_results + 1) * p.group_results : m_end;
       m1 = least(m0 + p.panel, least(limit, m_end));
-      for (int64_t m = m0; m < m1;) {
-        const int64_t g = m / p.group_results;
-        const int width = tile_results(least(m1, (g + 1) * p.group_results) - m);
-        const A* weight = static_cast<const A*>(p.weight) + m * depth;
-        const A* bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
-        const A* source = packed + (g - group) * p.group_channels * planes.plane;
-        A* out = panel + (m - m0) * pitch;
+      for (int64_t c0 = 0; c0 < p.group_channels; c0 += p.depth_channels) {
+        const int64_t channels = least(p.depth_channels, p.group_channels - c0);
+        const TileSetting<A> setting{planes.plane, p.num_taps, pitch, offsets, c0 == 0,
+                                     c0 + channels == p.group_channels, p.relu};
         for (int64_t r = 0; r < runs; ++r) {
           const int64_t start = r * block.pitch_image, stop = start + run_length;
-          for (int64_t at = start; at < stop;) {
+          for (int64_t at = start, count; at < stop; at += count) {
+            // A tile's operands stay in the L1 cache while all of the panel's weights pass by. A short reduction is
+            // not worth the way around: it takes all positions at once.
             const int64_t left = ceil_div(stop - at, L);
-            // Four vectors go as two and two: a tile of one has too few sums to hide an FMA's latency.
-            const int vectors = int(left == 4 ? 2 : least(kTileVectors, left));
-            tile_for<A>(width, vectors)(source + at, planes.plane, p.group_channels, offsets, p.num_taps, weight, bias,
-                                        p.relu, out + at, pitch);
-            at += vectors * L;
+            count = (p.group_channels * p.num_taps < kShortDepth ? left : tile_vectors(left)) * L;
+            for (int64_t m = m0; m < m1;) {
+              const int64_t g = m / p.group_results;
+              const int width = tile_results(least(m1, (g + 1) * p.group_results) - m);
+              const A* weight = static_cast<const A*>(p.weight) + m * depth + c0 * p.num_taps * width;
+              const A* bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
+              const A* source = packed + ((g - group) * p.group_channels + c0) * planes.plane + at;
+              tiles_of(width, setting, source, channels, weight, bias, panel + (m - m0) * pitch + at, count);
+              m += width;
+            }
           }
         }
-        m += width;
       }
       write_panel<T>(p, block, m0, m1 - m0, panel, pitch);
     }
   }
 }
 
-// ---- weight gradient ----
+// ---- weight gradient, many channels: sums of outer products ----
+
+// As pack_planes, but position by position: channels [0, channels) in groups of `width`, a group's channels contiguous at
+// every position and padded with zeros: packed[(c / width * positions + position) * width + c % width]. `row` holds
+// kLanes<A> plane rows.
+template <class T>
+void pack_positions(const ConvSource& s, const Planes& p, const Block& block, int64_t c0, int64_t channels,
+                    int64_t width, Accumulator<T>* packed, Accumulator<T>* row) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t phase_size = p.plane / p.phases, plane_rows = block.rows + p.halo_h, positions = p.plane;
+  const bool by_channel = channels_contiguous(s);
+  for (int64_t phase = 0; phase < p.phases; ++phase) {
+    const Columns columns = columns_of(s, p, phase);
+    for (int64_t image = 0; image < block.images; ++image)
+      for (int64_t i = 0; i < plane_rows; ++i) {
+        const int64_t y = (block.row + i) * p.step_h + p.phase_h[phase] - p.origin_h;
+        const bool inside = y >= 0 && y < s.height && columns.last > columns.first;
+        const int64_t at = phase * phase_size + image * block.pitch_image + i * p.pitch;
+        for (int64_t c = 0; c < channels; c += L) {
+          const int lanes = int(least(L, channels - c));
+          A* to = packed + (c / width * positions + at) * width + c % width;
+          if (!inside || by_channel) {
+            for (int64_t j = 0; j < p.pitch; ++j) {
+              const bool in_row = inside && j >= columns.first && j < columns.last;
+              store(to + j * width, in_row ? read_channels<T>(s, block.n + image, c0 + c, y,
+                                                              columns.x + (j - columns.first) * p.step_w, lanes)
+                                           : Vec<A>{});
+            }
+            continue;
+          }
+          const int64_t pitch = ceil_div(p.pitch, L) * L;
+          for (int k = 0; k < L; ++k) {
+            A* dst = row + k * pitch;
+            if (k >= lanes) {
+              zero(dst, pitch);
+              continue;
+            }
+            zero(dst, columns.first);
+            read_row<T>(s, block.n + image, c0 + c + k, y, columns.x, p.step_w, columns.last - columns.first,
+                        dst + columns.first);
+            zero(dst + columns.last, pitch - columns.last);
+          }
+          for (int64_t j = 0; j < p.pitch; j += L) {
+            Vec<A> square[L];
+            for (int k = 0; k < L; ++k) square[k] = load(row + k * pitch + j);
+            transpose<A>(square);
+            const int64_t end = least(L, p.pitch - j);
+            for (int64_t k = 0; k < end; ++k) store(to + (j + k) * width, square[k]);
+          }
+        }
+      }
+    const int64_t used = block.images * block.pitch_image;
+    for (int64_t c = 0; c < channels; c += width)
+      zero(packed + (c / width * positions + phase * phase_size + used) * width, (phase_size - used) * width);
+  }
+}
+
+// sums[m][c] += sum over the block's output positions of grads[position][m] * planes[position][c]: MR x NV vectors.
+template <class A, int MR, int NV>
+void outer_tile(const A* grads, int64_t grad_width, const A* planes, int64_t width, const Block& block, int64_t cols,
+                int64_t pitch, A* sums, int64_t sums_pitch, int tail) {
+  Vec<A> sum[MR][NV] = {};
+  for (int64_t image = 0; image < block.images; ++image)
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const int64_t at = image * block.pitch_image + row * pitch;
+      const A* g = grads + at * grad_width;
+      const A* x = planes + at * width;
+      for (int64_t i = 0; i < cols; ++i, g += grad_width, x += width) {
+        Vec<A> b[NV];
+#pragma GCC unroll 3
+        for (int v = 0; v < NV; ++v) b[v] = load(x + v * kLanes<A>);
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m) {
+          const Vec<A> a = splat(g[m]);
+#pragma GCC unroll 3
+          for (int v = 0; v < NV; ++v) sum[m][v] += a * b[v];
+        }
+      }
+    }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) {
+      A* out = sums + m * sums_pitch + v * kLanes<A>;
+      const int lanes = v == NV - 1 ? tail : kLanes<A>;
+      store_n(out, load_n(out, lanes) + sum[m][v], lanes);
+    }
+}
+
+template <class A, int MR>
+FASTNN_INLINE void outer_tiles(int vectors, const A* grads, int64_t grad_width, const A* planes, int64_t width,
+                               const Block& block, int64_t cols, int64_t pitch, A* sums, int64_t sums_pitch, int tail) {
+  if (vectors == 3)
+    outer_tile<A, MR, 3>(grads, grad_width, planes, width, block, cols, pitch, sums, sums_pitch, tail);
+  else if (vectors == 2)
+    outer_tile<A, MR, 2>(grads, grad_width, planes, width, block, cols, pitch, sums, sums_pitch, tail);
+  else
+    outer_tile<A, MR, 1>(grads, grad_width, planes, width, block, cols, pitch, sums, sums_pitch, tail);
+}
+
+// One block of one group: every tap, source channel group and result tile. sums: [m][tap][channel].
+template <class A>
+void outer_block(const A* grads, int64_t grad_width, int64_t results, const A* packed, int64_t positions,
+                 int64_t channels, const int64_t* offsets, int64_t taps, const Block& block, int64_t cols, int64_t pitch,
+                 A* sums, int64_t sums_pitch, int64_t tap_pitch) {
+  constexpr int64_t kWidth = kTileVectors * kLanes<A>;
+  for (int64_t c = 0; c < channels; c += kWidth) {
+    const int64_t left = least(kWidth, channels - c);
+    const int vectors = int(ceil_div(left, kLanes<A>)), tail = int(left - (vectors - 1) * kLanes<A>);
+    for (int64_t t = 0; t < taps; ++t) {
+      const A* planes = packed + (c / kWidth * positions + offsets[t]) * kWidth;
+      for (int64_t m = 0; m < results;) {
+        A* out = sums + m * sums_pitch + t * tap_pitch + c;
+        const int width = tile_results(results - m);
+#if FASTNN_VECTOR_BYTES == 64
+        if (width == 8)
+          outer_tiles<A, 8>(vectors, grads + m, grad_width, planes, kWidth, block, cols, pitch, out, sums_pitch, tail);
+        else
+#endif
+            if (width == 4)
+          outer_tiles<A, 4>(vectors, grads + m, grad_width, planes, kWidth, block, cols, pitch, out, sums_pitch, tail);
+        else if (width == 2)
+          outer_tiles<A, 2>(vectors, grads + m, grad_width, planes, kWidth, block, cols, pitch, out, sums_pitch, tail);
+        else
+          outer_tiles<A, 1>(vectors, grads + m, grad_width, planes, kWidth, block, cols, pitch, out, sums_pitch, tail);
+        m += width;
+      }
+    }
+  }
+}
+
+// ---- weight gradient, few channels: dot products along the positions ----
 
 // sums[m * sums_pitch + j] += sum over rows x cols of grads[m] * planes[offsets[j]].
 template <class A, int MR, int NJ>
@@ -542,16 +728,30 @@ void grad_block(const A* grads, int64_t grad_plane, int64_t results, const A* pl
   }
 }
 
+// sums[m] += grads[position][m] over a row of positions.
+template <class A>
+void add_positions(const A* grads, int64_t width, int64_t cols, A* sums, int64_t results) {
+  for (int64_t m = 0; m < results; m += kLanes<A>) {
+    Vec<A> sum{};
+    for (int64_t i = 0; i < cols; ++i) sum += load(grads + i * width + m);
+    const int lanes = int(least(kLanes<A>, results - m));
+    store_n(sums + m, load_n(sums + m, lanes) + sum, lanes);
+  }
+}
+
 template <class T>
 void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
+  constexpr int64_t kWidth = kTileVectors * kLanes<A>;
   const Planes& planes = p.planes;
+  const int64_t offset_channels = p.outer ? 1 : p.block_channels;
   int64_t* offsets = static_cast<int64_t*>(scratch_);
-  for (int64_t c = 0; c < p.block_channels; ++c)
+  for (int64_t c = 0; c < offset_channels; ++c)
     for (int64_t t = 0; t < p.num_taps; ++t)
       offsets[c * p.num_taps + t] = c * planes.plane + tap_offset(planes, p.taps[t]);
-  A* packed = reinterpret_cast<A*>(offsets + ceil_div(p.block_channels * p.num_taps, 8) * 8);
-  A* grads = packed + p.block_groups * p.block_channels * planes.plane;
+  A* packed = reinterpret_cast<A*>(offsets + ceil_div(offset_channels * p.num_taps, 8) * 8);
+  const int64_t channel_places = p.outer ? ceil_div(p.block_channels, kWidth) * kWidth : p.block_channels;
+  A* grads = packed + p.block_groups * channel_places * planes.plane;
   const int64_t results = p.groups * p.group_results, sums_pitch = p.group_channels * p.num_taps;
   const int64_t blocks = p.image_blocks * p.row_blocks;
   const int64_t result_splits = ceil_div(p.group_results, p.block_results);
@@ -570,34 +770,51 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
     const int64_t c0 = channel_split * p.block_channels, channels = least(p.block_channels, p.group_channels - c0);
     const int64_t m0 = result_split * p.block_results, count = least(p.block_results, p.group_results - m0);
     const int64_t first = group * p.group_results + m0;  // of groups * count result channels in a row
-    A* sums = static_cast<A*>(p.weight_sums) + slice * results * sums_pitch + c0 * p.num_taps;
+    const int64_t source_channel = group * p.group_channels + c0;
+    A* sums = static_cast<A*>(p.weight_sums) + slice * results * sums_pitch;
     A* bias_sums = p.bias_sums && channel_split == 0 ? static_cast<A*>(p.bias_sums) + slice * results : nullptr;
     for (int64_t m = first; m < first + groups * count; ++m) {
-      zero(sums + m * sums_pitch, channels * p.num_taps);
+      if (p.outer)
+        for (int64_t t = 0; t < p.num_taps; ++t) zero(sums + m * sums_pitch + t * p.group_channels + c0, channels);
+      else
+        zero(sums + m * sums_pitch + c0 * p.num_taps, channels * p.num_taps);
       if (bias_sums) bias_sums[m] = 0;
     }
 
     for (int64_t b = blocks * slice / p.slices; b < blocks * (slice + 1) / p.slices; ++b) {
       const Block block = block_of(planes, PoolShape{}, false, p.batch, p.rows, b / p.row_blocks, b % p.row_blocks);
-      bool finite = pack_planes<T>(p.source, planes, block, p.source.height, group * p.group_channels + c0,
-                                   groups * channels, packed);
-      finite &=
-          pack_planes<T>(p.grad, grad_planes, block, block.row + block.rows, first, groups * count, grads);
+      if (p.outer) {
+        const int64_t grad_width = ceil_div(count, kLanes<A>) * kLanes<A>;
+        A* row = grads + grad_width * grad_planes.plane;
+        pack_positions<T>(p.source, planes, block, source_channel, channels, kWidth, packed, row);
+        pack_positions<T>(p.grad, grad_planes, block, first, count, grad_width, grads, row);
+        outer_block(grads, grad_width, count, packed, planes.plane, channels, offsets, p.num_taps, block, p.cols,
+                    planes.pitch, sums + first * sums_pitch + c0, sums_pitch, p.group_channels);
+        if (bias_sums)
+          for (int64_t image = 0; image < block.images; ++image)
+            for (int64_t i = 0; i < block.rows; ++i)
+              add_positions(grads + (image * block.pitch_image + i * planes.pitch) * grad_width, grad_width, p.cols,
+                            bias_sums + first, count);
+        continue;
+      }
+      pack_planes<T>(p.source, planes, block, p.source.height, source_channel, groups * channels, packed);
+      pack_planes<T>(p.grad, grad_planes, block, block.row + block.rows, first, groups * count, grads);
       const int64_t whole = (block.images - 1) * block.pitch_image + (block.rows - 1) * planes.pitch + p.cols;
+      // Between the rows the gradient's planes are zero, so the block is one long row, unless the source has an inf or
+      // NaN there to multiply.
+      const bool finite = all_finite(packed, groups * channels * planes.plane);
       for (int64_t g = 0; g < groups; ++g) {
         const A* grad = grads + g * count * grad_planes.plane;
         const A* source = packed + g * channels * planes.plane;
         const int64_t m = first + g * count;
-        // Between the rows the gradient's planes are zero, so the block is one long row, unless the source has an inf
-        // or NaN there to multiply.
+        A* out = sums + m * sums_pitch + c0 * p.num_taps;
         if (finite) {
-          grad_block(grad, grad_planes.plane, count, source, offsets, channels * p.num_taps, 1, whole, planes.pitch,
-                     sums + m * sums_pitch, sums_pitch);
+          grad_block(grad, grad_planes.plane, count, source, offsets, channels * p.num_taps, 1, whole, planes.pitch, out,
+                     sums_pitch);
         } else {
           for (int64_t image = 0; image < block.images; ++image)
             grad_block(grad + image * block.pitch_image, grad_planes.plane, count, source + image * block.pitch_image,
-                       offsets, channels * p.num_taps, block.rows, p.cols, planes.pitch, sums + m * sums_pitch,
-                       sums_pitch);
+                       offsets, channels * p.num_taps, block.rows, p.cols, planes.pitch, out, sums_pitch);
         }
         if (bias_sums)
           for (int64_t i = 0; i < count; ++i) bias_sums[m + i] += sum_run(grad + i * grad_planes.plane, whole);
@@ -606,15 +823,33 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
   }
 }
 
+// out[m][c][tap] = sum over slices, in order, of sums[slice][m][c][tap] ([slice][m][tap][c] where outer), for m in
+// [begin, end) of `results`.
 template <class T>
-void sum_slices(const void* sums_, int64_t slices, int64_t count, void* out_, int64_t begin, int64_t end) {
+void sum_slices(const TapGrad& p, void* out_, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  const A* sums = static_cast<const A*>(sums_);
+  const int64_t channels = p.group_channels, taps = p.num_taps, size = channels * taps;
+  const int64_t all = p.groups * p.group_results * size;
   T* out = static_cast<T*>(out_);
-  for (int64_t i = begin; i < end; ++i) {
-    A total = sums[i];
-    for (int64_t slice = 1; slice < slices; ++slice) total += sums[slice * count + i];
-    out[i] = from_accumulator<T>(total);
+  for (int64_t m = begin; m < end; ++m)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t t = 0; t < taps; ++t) {
+        const A* sums = static_cast<const A*>(p.weight_sums) + m * size + (p.outer ? t * channels + c : c * taps + t);
+        A total = sums[0];
+        for (int64_t slice = 1; slice < p.slices; ++slice) total += sums[slice * all];
+        out[m * size + c * taps + t] = from_accumulator<T>(total);
+      }
+}
+
+template <class T>
+void sum_bias_slices(const TapGrad& p, void* out) {
+  using A = Accumulator<T>;
+  const int64_t results = p.groups * p.group_results;
+  for (int64_t m = 0; m < results; ++m) {
+    const A* sums = static_cast<const A*>(p.bias_sums) + m;
+    A total = sums[0];
+    for (int64_t slice = 1; slice < p.slices; ++slice) total += sums[slice * results];
+    static_cast<T*>(out)[m] = from_accumulator<T>(total);
   }
 }
 
@@ -630,6 +865,7 @@ const ConvKernels kConvKernels = {
     {kLanes<double>, kLanes<float>}, kTileResults,
     kTileVectors,                    FASTNN_ALL_DTYPES(pack_weight),
     FASTNN_ALL_DTYPES(run),          FASTNN_ALL_DTYPES(run_grad),
-    FASTNN_ALL_DTYPES(sum_slices),   FASTNN_ALL_DTYPES(widen),
+    FASTNN_ALL_DTYPES(sum_slices),   FASTNN_ALL_DTYPES(sum_bias_slices),
+    FASTNN_ALL_DTYPES(widen),
 };
 #undef FASTNN_ALL_DTYPES
