@@ -14,8 +14,8 @@ namespace {
 using Ints = std::vector<int64_t>;
 using torch::headeronly::MemoryFormat;
 
-// Half of an L2 cache of 512 KiB holds a task's packed planes, a quarter its result panel.
-constexpr int64_t kPlanesBytes = 256 << 10, kPanelBytes = 128 << 10;
+// A task's packed planes (read once a result panel, so about the L2 cache) and its result panel (a part of it).
+constexpr int64_t kPlanesBytes = 512 << 10, kPanelBytes = 128 << 10;
 constexpr int64_t kPanelResults = 64;
 constexpr int64_t kDepthBytes = 20 << 10;  // a tile's operands: most of an L1 cache, beside the weights that pass by
 // The dot-product weight gradient sums lanes once a block and pair: longer blocks, fewer sums. The outer-product one
@@ -206,8 +206,29 @@ void plan(TapGrad& p, int64_t element, int64_t lanes) {
   const int64_t results = ceil_div(p.block_results, grad_width) * grad_width;
   p.scratch = (p.block_channels * p.num_taps + 8) * 8 +
               (p.block_groups * (channels * p.planes.plane + results * p.planes.plane / p.planes.phases) +
-               (p.outer ? lanes * (p.planes.pitch + lanes) : 0)) *
+               (p.outer ? lanes * (p.planes.pitch + 2 * lanes) : 0)) *
                   element;
+}
+
+// A 1 x 1 convolution sees no rows: joins as many as divide them into longer ones, where all operands' rows are
+// adjacent. Short rows cost a call and a partial vector each.
+void join_rows(ConvShape& s, std::initializer_list<ConvSource*> sources, std::initializer_list<Strides4*> others) {
+  if (s.kernel_h * s.kernel_w != 1 || s.stride_h * s.stride_w != 1 || s.in_h != s.out_h || s.in_w != s.out_w) return;
+  bool adjacent = true;
+  for (const ConvSource* source : sources) {
+    adjacent &= source->stride.h == s.in_w * source->stride.w && !source->pool_code;
+    adjacent &= !source->relu_output || source->relu_stride.h == s.in_w * source->relu_stride.w;
+  }
+  for (const Strides4* stride : others) adjacent &= stride->h == s.in_w * stride->w;
+  int64_t rows = 1;
+  for (int64_t k = 2; adjacent && k <= s.in_h && k * s.in_w <= kOuterPositions; ++k)
+    if (s.in_h % k == 0) rows = k;
+  s.in_h /= rows, s.out_h /= rows, s.in_w *= rows, s.out_w *= rows;
+  for (ConvSource* source : sources) {
+    source->height /= rows, source->width *= rows;
+    source->stride.h *= rows, source->relu_stride.h *= rows;
+  }
+  for (Strides4* stride : others) stride->h *= rows;
 }
 
 int64_t accumulator_size(DType dtype) { return dtype == kFloat64 ? 8 : 4; }
@@ -255,7 +276,7 @@ ConvSource plain_source(const Tensor& t) {
   return source;
 }
 
-void forward(const char* op, const ConvShape& s, const Tensor& input, const Tensor& weight,
+void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& weight,
              const std::optional<Tensor>& bias, bool relu, const PoolShape& pool, const Tensor& output,
              const Tensor* code) {
   const DType dtype = dtype_of(input, op, "input");
@@ -271,11 +292,12 @@ void forward(const char* op, const ConvShape& s, const Tensor& input, const Tens
   if (output.numel() == 0) return;
   std::vector<Tap> taps = all_taps(s, weight);
   TapConv p{};
-  p.planes = input_planes(s);
-  plan_planes(p.planes, taps, s.in_w, s.out_w);
   p.source = plain_source(input);
   p.result.data = output.data_ptr();
   p.result.stride = strides4(output);
+  if (!code) join_rows(s, {&p.source}, {&p.result.stride});
+  p.planes = input_planes(s);
+  plan_planes(p.planes, taps, s.in_w, s.out_w);
   if (code) {
     p.result.pool_code = static_cast<uint8_t*>(code->data_ptr());
     p.result.code_stride = strides4(*code);
@@ -316,9 +338,11 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, s
 // ---- backward ----
 
 // The gradient of the input: per phase of the stride, a TapConv over the output gradient with the taps that reach it.
-void grad_input(const ConvShape& s, DType dtype, const ConvSource& grad, const Tensor& weight, const Tensor& result) {
+void grad_input(ConvShape s, DType dtype, ConvSource grad, const Tensor& weight, const Tensor& result) {
   const ConvKernels& kernels = conv_kernels();
   const int64_t element = accumulator_size(dtype);
+  Strides4 stride = strides4(result);
+  join_rows(s, {&grad}, {&stride});
   // A stride longer than the filter leaves phases that no tap reaches.
   if (s.kernel_h < s.stride_h || s.kernel_w < s.stride_w || s.dilation_h > 1 || s.dilation_w > 1) {
     Tensor zeroed = result;
@@ -347,7 +371,6 @@ void grad_input(const ConvShape& s, DType dtype, const ConvSource& grad, const T
       p.rows = ceil_div(s.in_h - a, s.stride_h), p.cols = ceil_div(s.in_w - b, s.stride_w);
       plan_planes(p.planes, taps, grad.width, p.cols);
       p.source = grad;
-      const Strides4 stride = strides4(result);
       p.result.data =
           static_cast<char*>(result.data_ptr()) + (a * stride.h + b * stride.w) * int64_t(result.element_size());
       p.result.stride = {stride.n, stride.c, stride.h * s.stride_h, stride.w * s.stride_w};
@@ -358,16 +381,17 @@ void grad_input(const ConvShape& s, DType dtype, const ConvSource& grad, const T
     }
 }
 
-void grad_weight(const ConvShape& s, DType dtype, const Tensor& input, const ConvSource& grad, const Tensor& weight,
+void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource& grad, const Tensor& weight,
                  const Tensor& weight_result, const Tensor* bias_result) {
   const ConvKernels& kernels = conv_kernels();
   const int64_t element = accumulator_size(dtype);
   std::vector<Tap> taps = all_taps(s, weight);
   TapGrad p{};
-  p.planes = input_planes(s);
-  plan_planes(p.planes, taps, s.in_w, s.out_w);
   p.source = plain_source(input);
   p.grad = grad;
+  join_rows(s, {&p.source, &p.grad}, {});
+  p.planes = input_planes(s);
+  plan_planes(p.planes, taps, s.in_w, s.out_w);
   p.taps = taps.data(), p.num_taps = int64_t(taps.size());
   p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_in(), p.group_results = s.group_out();
   p.rows = s.out_h, p.cols = s.out_w;

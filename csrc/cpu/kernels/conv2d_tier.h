@@ -50,7 +50,7 @@ FASTNN_INLINE int64_t last_window(int64_t y, int64_t stride, int64_t windows) {
   return y / stride < windows ? y / stride : windows - 1;
 }
 
-// Row y of channel c from column x on, every `step`-th element, into dst.
+// Row y of channel c from column x on, every `step`-th element, into dst; may write a vector past `count`.
 template <class T>
 void read_row(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t x, int64_t step, int64_t count,
               Accumulator<T>* dst) {
@@ -81,9 +81,16 @@ void read_row(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t x, i
       store(dst + i, relu ? masked<T>(load(src + i), load(relu + i)) : load(src + i));
     if (i < count) {
       const int rest = int(count - i);
-      store_n(dst + i, relu ? masked<T>(load_n(src + i, rest), load_n(relu + i, rest)) : load_n(src + i, rest), rest);
+      store(dst + i, relu ? masked<T>(load_n(src + i, rest), load_n(relu + i, rest)) : load_n(src + i, rest));
     }
     return;
+  }
+  if (step_src == 2 && !relu) {
+    // The even elements of two vectors; the last one read is before the next one wanted, so never past the row.
+    Mask<A> even;
+    for (int k = 0; k < kLanes<A>; ++k) even[k] = 2 * k;
+    for (; i + kLanes<A> < count; i += kLanes<A>)
+      store(dst + i, __builtin_shuffle(load(src + 2 * i), load(src + 2 * i + kLanes<A>), even));
   }
   for (; i < count; ++i) {
     const A value = to_accumulator(src[i * step_src]);
@@ -146,7 +153,7 @@ FASTNN_INLINE void transpose(Vec<A>* rows) {
   swap_blocks<A, 1>(rows);
 }
 
-// read_row for `channels` channels at once, channel c at dst + c * plane: a source whose channels are contiguous.
+// read_row for `channels` channels at once (same overrun), channel c at dst + c * plane: a source whose channels are contiguous.
 template <class T>
 void read_rows(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int64_t y, int64_t x, int64_t step,
                int64_t count, Accumulator<T>* dst, int64_t plane) {
@@ -160,11 +167,7 @@ void read_rows(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int
       for (int j = 0; j < L; ++j)
         rows[j] = j < length ? read_channels<T>(s, n, c0 + c, y, x + (i + j) * step, width) : Vec<A>{};
       transpose<A>(rows);
-      if (length == L) {
-        for (int j = 0; j < width; ++j) store(dst + (c + j) * plane + i, rows[j]);
-      } else {
-        for (int j = 0; j < width; ++j) store_n(dst + (c + j) * plane + i, rows[j], length);
-      }
+      for (int j = 0; j < width; ++j) store(dst + (c + j) * plane + i, rows[j]);
     }
   }
 }

@@ -107,8 +107,29 @@ FASTNN_INLINE __m256i first_lanes_64(int n) {
 }
 FASTNN_INLINE FloatVec load_n(const float* p, int n) { return (FloatVec)_mm256_maskload_ps(p, first_lanes_32(n)); }
 FASTNN_INLINE DoubleVec load_n(const double* p, int n) { return (DoubleVec)_mm256_maskload_pd(p, first_lanes_64(n)); }
-FASTNN_INLINE void store_n(float* p, FloatVec v, int n) { _mm256_maskstore_ps(p, first_lanes_32(n), (__m256)v); }
-FASTNN_INLINE void store_n(double* p, DoubleVec v, int n) { _mm256_maskstore_pd(p, first_lanes_64(n), (__m256d)v); }
+// In pieces of 4, 2 and 1: AVX's masked store is microcoded on AMD processors.
+FASTNN_INLINE void store_n(float* p, FloatVec v, int n) {
+  if (n == 8) return store(p, v);
+  __m128 part = _mm256_castps256_ps128((__m256)v);
+  if (n & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps((__m256)v, 1), p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi((__m64*)p, part);
+    part = _mm_movehl_ps(part, part), p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, part);
+}
+FASTNN_INLINE void store_n(double* p, DoubleVec v, int n) {
+  if (n == 4) return store(p, v);
+  __m128d part = _mm256_castpd256_pd128((__m256d)v);
+  if (n & 2) {
+    _mm_storeu_pd(p, part);
+    part = _mm256_extractf128_pd((__m256d)v, 1), p += 2;
+  }
+  if (n & 1) _mm_store_sd(p, part);
+}
 #endif
 
 // Tiers and types without a masked access go through a vector on the stack.
