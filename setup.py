@@ -30,6 +30,7 @@ def extension() -> CppExtension:
     import pybind11
 
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    flags += ["-fno-tree-loop-distribute-patterns"]  # or GCC makes calls of memset out of two-element loops
     flags += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
     flags += ["-Wno-unused-parameter", "-Wno-maybe-uninitialized"]  # torch's and GCC 12's own headers
     link = []

@@ -50,51 +50,61 @@ FASTNN_INLINE int64_t last_window(int64_t y, int64_t stride, int64_t windows) {
   return y / stride < windows ? y / stride : windows - 1;
 }
 
-// Row y of channel c from column x on, every `step`-th element, into dst; may write a vector past `count`.
+// One convolution row of a pooled gradient: each pooled element goes where its code says.
 template <class T>
-void read_row(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t x, int64_t step, int64_t count,
-              Accumulator<T>* dst) {
-  using A = Accumulator<T>;
-  if (s.pool_code) {
-    const PoolShape& pool = s.pool;
-    for (int64_t i = 0; i < count; ++i) dst[i] = 0;
-    for (int64_t py = first_window(y, pool.kernel_h, pool.stride_h);
-         py <= last_window(y, pool.stride_h, pool.out_h); ++py) {
-      const T* grad = static_cast<const T*>(s.data) + offset4(s.stride, n, c, py, 0);
-      const uint8_t* code = s.pool_code + offset4(s.code_stride, n, c, py, 0);
-      const int64_t low = (y - py * pool.stride_h) * pool.kernel_w, high = low + pool.kernel_w;
-      for (int64_t px = 0; px < pool.out_w; ++px) {
-        const int64_t element = code[px * s.code_stride.w];
-        const int64_t i = px * pool.stride_w + element - low - x;
-        if (element >= low && element < high && i >= 0 && i < count) dst[i] += to_accumulator(grad[px * s.stride.w]);
-      }
+void add_pooled_row(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t x, int64_t count,
+                    Accumulator<T>* dst) {
+  const PoolShape& pool = s.pool;
+  for (int64_t i = 0; i < count; ++i) dst[i] = 0;
+  for (int64_t py = first_window(y, pool.kernel_h, pool.stride_h); py <= last_window(y, pool.stride_h, pool.out_h);
+       ++py) {
+    const T* grad = static_cast<const T*>(s.data) + offset4(s.stride, n, c, py, 0);
+    const uint8_t* code = s.pool_code + offset4(s.code_stride, n, c, py, 0);
+    const int64_t low = (y - py * pool.stride_h) * pool.kernel_w, high = low + pool.kernel_w;
+    for (int64_t px = 0; px < pool.out_w; ++px) {
+      const int64_t element = code[px * s.code_stride.w];
+      const int64_t i = px * pool.stride_w + element - low - x;
+      if (element >= low && element < high && i >= 0 && i < count) dst[i] += to_accumulator(grad[px * s.stride.w]);
     }
+  }
+}
+
+// `rows` rows of one channel, y_step apart from row y on, into plane rows `pitch` apart: from column x on, every
+// x_step-th element into dst[0, count). May write a vector past `count`.
+template <class T>
+void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t y_step, int64_t rows, int64_t x,
+                int64_t x_step, int64_t count, Accumulator<T>* dst, int64_t pitch) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  if (s.pool_code) {
+    for (int64_t row = 0; row < rows; ++row) add_pooled_row<T>(s, n, c, y + row * y_step, x, count, dst + row * pitch);
     return;
   }
   const T* src = static_cast<const T*>(s.data) + offset4(s.stride, n, c, y, x);
+  const int64_t step = s.stride.w * x_step, row_step = s.stride.h * y_step, tail = count % L;
   const T* relu = static_cast<const T*>(s.relu_output);
-  const int64_t step_src = s.stride.w * step, step_relu = s.relu_stride.w * step;
+  const int64_t relu_step = s.relu_stride.w * x_step, relu_row_step = s.relu_stride.h * y_step;
   if (relu) relu += offset4(s.relu_stride, n, c, y, x);
-  int64_t i = 0;
-  if (step_src == 1 && (!relu || step_relu == 1)) {
-    for (; i + kLanes<A> <= count; i += kLanes<A>)
-      store(dst + i, relu ? masked<T>(load(src + i), load(relu + i)) : load(src + i));
-    if (i < count) {
-      const int rest = int(count - i);
-      store(dst + i, relu ? masked<T>(load_n(src + i, rest), load_n(relu + i, rest)) : load_n(src + i, rest));
+  Mask<A> even;
+  for (int k = 0; k < L; ++k) even[k] = 2 * k;
+  for (int64_t row = 0; row < rows; ++row, src += row_step, dst += pitch, relu += relu ? relu_row_step : 0) {
+    int64_t i = 0;
+    if (step == 1 && !relu) {
+      for (; i + L <= count; i += L) store(dst + i, load(src + i));
+      if (tail) store(dst + i, load_n(src + i, int(tail)));
+    } else if (step == 1 && relu_step == 1) {
+      for (; i + L <= count; i += L) store(dst + i, masked<T>(load(src + i), load(relu + i)));
+      if (tail) store(dst + i, masked<T>(load_n(src + i, int(tail)), load_n(relu + i, int(tail))));
+    } else {
+      // The even elements of two vectors; the last one read is before the next one wanted, so never past the row.
+      if (step == 2 && !relu)
+        for (; i + L < count; i += L)
+          store(dst + i, __builtin_shuffle(load(src + 2 * i), load(src + 2 * i + L), even));
+      for (; i < count; ++i) {
+        const A value = to_accumulator(src[i * step]);
+        dst[i] = relu && to_accumulator(relu[i * relu_step]) <= 0 ? A(0) : value;
+      }
     }
-    return;
-  }
-  if (step_src == 2 && !relu) {
-    // The even elements of two vectors; the last one read is before the next one wanted, so never past the row.
-    Mask<A> even;
-    for (int k = 0; k < kLanes<A>; ++k) even[k] = 2 * k;
-    for (; i + kLanes<A> < count; i += kLanes<A>)
-      store(dst + i, __builtin_shuffle(load(src + 2 * i), load(src + 2 * i + kLanes<A>), even));
-  }
-  for (; i < count; ++i) {
-    const A value = to_accumulator(src[i * step_src]);
-    dst[i] = relu && to_accumulator(relu[i * step_relu]) <= 0 ? A(0) : value;
   }
 }
 
@@ -153,7 +163,7 @@ FASTNN_INLINE void transpose(Vec<A>* rows) {
   swap_blocks<A, 1>(rows);
 }
 
-// read_row for `channels` channels at once (same overrun), channel c at dst + c * plane: a source whose channels are contiguous.
+// A row of `channels` channels at once (same overrun), channel c at dst + c * plane: a source whose channels are contiguous.
 template <class T>
 void read_rows(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int64_t y, int64_t x, int64_t step,
                int64_t count, Accumulator<T>* dst, int64_t plane) {
@@ -182,14 +192,9 @@ FASTNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTNN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Mostly a column or two of padding: a loop, which the compiler would otherwise turn into a call of memset.
 template <class A>
 FASTNN_INLINE void zero(A* p, int64_t count) {
-#pragma GCC novector
-  for (int64_t i = 0; i < count; ++i) {
-    p[i] = 0;
-    __asm__("" : : : "memory");
-  }
+  for (int64_t i = 0; i < count; ++i) p[i] = 0;
 }
 
 // Plane columns [first, last) of a phase hold source columns x, x + step_w, ...; the others are padding.
@@ -217,23 +222,32 @@ void pack_planes(const ConvSource& s, const Planes& p, const Block& block, int64
   const bool by_channel = channels > 1 && channels_contiguous(s);
   for (int64_t phase = 0; phase < p.phases; ++phase) {
     const auto [first, last, x] = columns_of(s, p, phase);
-    for (int64_t image = 0; image < block.images; ++image)
-      for (int64_t i = 0; i < plane_rows; ++i) {
-        const int64_t y = (block.row + i) * p.step_h + p.phase_h[phase] - p.origin_h;
-        const bool inside = y >= 0 && y < end_row && last > first;
-        A* row = planes + phase * phase_size + image * block.pitch_image + i * p.pitch;
-        if (inside && by_channel)
-          read_rows<T>(s, block.n + image, c0, channels, y, x, p.step_w, last - first, row + first, p.plane);
-        for (int64_t c = 0; c < channels; ++c) {
-          A* dst = row + c * p.plane;
-          if (!inside) {
-            zero(dst, p.pitch);
-            continue;
+    // Plane rows [above, below) lie inside the source, from its row y on.
+    const int64_t base = block.row * p.step_h + p.phase_h[phase] - p.origin_h;
+    const int64_t above = last == first ? plane_rows : least(plane_rows, base < 0 ? ceil_div(-base, p.step_h) : 0);
+    const int64_t below = most(above, least(plane_rows, base < end_row ? ceil_div(end_row - base, p.step_h) : 0));
+    const int64_t y = base + above * p.step_h, inside = below - above;
+    // In the source's own order: plane after plane, or row after row where a pixel's channels are neighbours.
+    const int64_t together = by_channel ? channels : 1;
+    for (int64_t c = 0; c < channels; c += together)
+      for (int64_t image = 0; image < block.images; ++image) {
+        A* plane = planes + c * p.plane + phase * phase_size + image * block.pitch_image;
+        A* rows = plane + above * p.pitch;
+        if (by_channel)
+          for (int64_t i = 0; i < inside; ++i)
+            read_rows<T>(s, block.n + image, c0, channels, y + i * p.step_h, x, p.step_w, last - first,
+                         rows + i * p.pitch + first, p.plane);
+        else
+          read_plane<T>(s, block.n + image, c0 + c, y, p.step_h, inside, x, p.step_w, last - first, rows + first,
+                        p.pitch);
+        for (int64_t k = 0; k < together; ++k) {
+          A* padded = plane + k * p.plane;
+          zero(padded, above * p.pitch);
+          for (int64_t i = above; i < below; ++i) {
+            zero(padded + i * p.pitch, first);
+            zero(padded + i * p.pitch + last, p.pitch - last);
           }
-          zero(dst, first);
-          if (!by_channel)
-            read_row<T>(s, block.n + image, c0 + c, y, x, p.step_w, last - first, dst + first);
-          zero(dst + last, p.pitch - last);
+          zero(padded + below * p.pitch, (plane_rows - below) * p.pitch);
         }
       }
     const int64_t used = (block.images - 1) * block.pitch_image + plane_rows * p.pitch;
@@ -359,8 +373,8 @@ void pack_weight(const TapConv& p, const void* weight_, const int64_t* strides, 
 
 // One row of results of channels [m, m + channels), channel i at src + i * pitch.
 template <class T>
-void write_rows(void* data, const Strides4& stride, int64_t n, int64_t m, int64_t channels, int64_t y,
-                const Accumulator<T>* src, int64_t pitch, int64_t count) {
+FASTNN_INLINE void write_row(void* data, const Strides4& stride, int64_t n, int64_t m, int64_t channels, int64_t y,
+                             const Accumulator<T>* src, int64_t pitch, int64_t count) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   T* dst = static_cast<T*>(data) + offset4(stride, n, m, y, 0);
@@ -396,17 +410,40 @@ void write_rows(void* data, const Strides4& stride, int64_t n, int64_t m, int64_
   }
 }
 
-// Max-pools convolution rows (`row`, pitch apart) into one pooled row, in place at `row`, and its codes.
+// Max-pools convolution rows (`row`, pitch apart) into one pooled row, in place at `row` (a window is read before
+// anything at or right of it is written), and its codes. Torch's order: the first of equal maxima, the last NaN.
 template <class A>
 void pool_row(A* row, int64_t pitch, const PoolShape& pool, uint8_t* code, int64_t code_step) {
-  for (int64_t px = 0; px < pool.out_w; ++px) {
+  int64_t px = 0;
+  if (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_w == 2) {
+    constexpr int L = kLanes<A>;
+    Mask<A> even, odd;
+    for (int i = 0; i < L; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    for (; px + L <= pool.out_w; px += L) {
+      Vec<A> best;
+      Mask<A> element{};
+      for (int i = 0; i < 2; ++i) {
+        const Vec<A> left = load(row + i * pitch + 2 * px), right = load(row + i * pitch + 2 * px + L);
+        const Vec<A> pair[2] = {__builtin_shuffle(left, right, even), __builtin_shuffle(left, right, odd)};
+        if (i == 0) best = pair[0];
+        for (int j = 0; j < 2; ++j) {
+          const Mask<A> better = (pair[j] > best) | (pair[j] != pair[j]);
+          best = better ? pair[j] : best;
+          element = better ? Mask<A>{} + (2 * i + j) : element;
+        }
+      }
+      element = best <= Vec<A>{} ? Mask<A>{} + kPoolNone : element;
+      store(row + px, best);
+      for (int i = 0; i < L; ++i) code[(px + i) * code_step] = uint8_t(element[i]);
+    }
+  }
+  for (; px < pool.out_w; ++px) {
     const A* window = row + px * pool.stride_w;
     A best = window[0];
     uint8_t element = 0;
     for (int64_t i = 0; i < pool.kernel_h; ++i)
       for (int64_t j = 0; j < pool.kernel_w; ++j) {
         const A value = window[i * pitch + j];
-        // Torch's order: the first of equal maxima, the last NaN.
         if (value > best || value != value) {
           best = value;
           element = uint8_t(i * pool.kernel_w + j);
@@ -417,32 +454,30 @@ void pool_row(A* row, int64_t pitch, const PoolShape& pool, uint8_t* code, int64
   }
 }
 
+// Writes result channels [m, m + channels) of a block from the panel, pooled first where that is asked for: a pooled row
+// overwrites the first row of its windows, which no later window reads.
 template <class T>
 void write_panel(const TapConv& p, const Block& block, int64_t m, int64_t channels, Accumulator<T>* panel,
                  int64_t pitch) {
   using A = Accumulator<T>;
   const PoolShape& pool = p.result.pool;
   const bool pooled = p.result.pool_code != nullptr;
-  for (int64_t image = 0; image < block.images; ++image) {
-    A* rows = panel + image * block.pitch_image;
-    if (!pooled) {
-      for (int64_t i = 0; i < block.rows; ++i)
-        write_rows<T>(p.result.data, p.result.stride, block.n + image, m, channels, block.row + i,
-                      rows + i * p.planes.pitch, pitch, p.cols);
-      continue;
-    }
-    // Overlapping windows need a row again that pooling in place would have overwritten: only the first pooled row's
-    // own columns are, and those are the last use of that convolution row when windows do not overlap.
-    for (int64_t i = 0; i + pool.kernel_h <= block.rows; i += pool.stride_h) {
-      const int64_t py = (block.row + i) / pool.stride_h;
-      A* first = rows + i * p.planes.pitch;
-      for (int64_t c = 0; c < channels; ++c)
-        pool_row(first + c * pitch, p.planes.pitch, pool,
-                 p.result.pool_code + offset4(p.result.code_stride, block.n + image, m + c, py, 0),
-                 p.result.code_stride.w);
-      write_rows<T>(p.result.data, p.result.stride, block.n + image, m, channels, py, first, pitch, pool.out_w);
-    }
-  }
+  const int64_t step = pooled ? pool.stride_h : 1, window = pooled ? pool.kernel_h : 1;
+  // In the result's own order: plane after plane, or row after row where a pixel's channels are neighbours.
+  const int64_t together = p.result.stride.c == 1 ? channels : 1;
+  for (int64_t c = 0; c < channels; c += together)
+    for (int64_t image = 0; image < block.images; ++image)
+      for (int64_t i = 0; i + window <= block.rows; i += step) {
+        A* row = panel + c * pitch + image * block.pitch_image + i * p.planes.pitch;
+        const int64_t y = (block.row + i) / step;
+        if (pooled)
+          for (int64_t k = 0; k < together; ++k)
+            pool_row(row + k * pitch, p.planes.pitch, pool,
+                     p.result.pool_code + offset4(p.result.code_stride, block.n + image, m + c + k, y, 0),
+                     p.result.code_stride.w);
+        write_row<T>(p.result.data, p.result.stride, block.n + image, m + c, together, y, row, pitch,
+                      pooled ? pool.out_w : p.cols);
+      }
 }
 
 // The block of a task: images, and rows such that pooling windows are whole.
@@ -561,8 +596,8 @@ void pack_positions(const ConvSource& s, const Planes& p, const Block& block, in
               continue;
             }
             zero(dst, columns.first);
-            read_row<T>(s, block.n + image, c0 + c + k, y, columns.x, p.step_w, columns.last - columns.first,
-                        dst + columns.first);
+            read_plane<T>(s, block.n + image, c0 + c + k, y, 1, 1, columns.x, p.step_w, columns.last - columns.first,
+                          dst + columns.first, pitch);
             zero(dst + columns.last, pitch - columns.last);
           }
           for (int64_t j = 0; j < p.pitch; j += L) {
