@@ -242,10 +242,31 @@ void run_tasks(const Plan& plan, Kernel kernel) {
   });
 }
 
+bool channels_contiguous(const ConvSource& s) {
+  return s.stride.c == 1 && !s.pool_code && (!s.relu_output || s.relu_stride.c == 1);
+}
+
+template <class Problem>
+bool is_depthwise(const Problem& p) {
+  return p.groups > 1 && p.group_channels == 1 && p.group_results == 1 && p.num_taps <= kDepthwiseMaxTaps &&
+         channels_contiguous(p.source);
+}
+
+constexpr int64_t kDepthwiseRowGrain = 16 * 1024;  // elements a thread takes at the least
+
 // Packs the weight (strides: of group, result channel, reduced channel) and runs the problem.
 void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
   const ConvKernels& kernels = conv_kernels();
   const int64_t element = accumulator_size(dtype);
+  if (is_depthwise(p) && p.result.stride.c == 1 && !p.result.pool_code) {
+    const Scratch<char> packed((p.groups + 16) * p.num_taps * element);
+    depthwise_kernels().pack_weight[dtype](p, weight.data_ptr(), strides.data(), packed.get());
+    p.weight = packed.get();
+    torch::stable::parallel_for(0, p.batch * p.rows, std::max<int64_t>(1, kDepthwiseRowGrain / (p.cols * p.groups)),
+                                [&](int64_t begin, int64_t end) { depthwise_kernels().run[dtype](p, begin, end); });
+    return;
+  }
+  plan(p, element, kernels.lanes[element == 4], kernels.tile_results);
   const Scratch<char> packed(p.groups * p.group_results * p.group_channels * p.num_taps * element);
   const int64_t blocks = p.groups * ceil_div(p.group_results, kernels.tile_results);
   torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, 4096 / (p.group_channels * p.num_taps)),
@@ -307,8 +328,6 @@ void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& wei
   p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_in(), p.group_results = s.group_out();
   p.rows = s.out_h, p.cols = s.out_w;
   p.bias = bias ? wide_bias.get() : nullptr, p.relu = relu;
-  const ConvKernels& kernels = conv_kernels();
-  plan(p, element, kernels.lanes[element == 4], kernels.tile_results);
   run_conv(p, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(0), weight.stride(1)});
 }
 
@@ -339,8 +358,6 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, s
 
 // The gradient of the input: per phase of the stride, a TapConv over the output gradient with the taps that reach it.
 void grad_input(ConvShape s, DType dtype, ConvSource grad, const Tensor& weight, const Tensor& result) {
-  const ConvKernels& kernels = conv_kernels();
-  const int64_t element = accumulator_size(dtype);
   Strides4 stride = strides4(result);
   join_rows(s, {&grad}, {&stride});
   // A stride longer than the filter leaves phases that no tap reaches.
@@ -376,7 +393,6 @@ void grad_input(ConvShape s, DType dtype, ConvSource grad, const Tensor& weight,
       p.result.stride = {stride.n, stride.c, stride.h * s.stride_h, stride.w * s.stride_w};
       p.taps = taps.data(), p.num_taps = int64_t(taps.size());
       p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_out(), p.group_results = s.group_in();
-      plan(p, element, kernels.lanes[element == 4], kernels.tile_results);
       run_conv(p, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(1), weight.stride(0)});
     }
 }
@@ -395,12 +411,22 @@ void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource
   p.taps = taps.data(), p.num_taps = int64_t(taps.size());
   p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_in(), p.group_results = s.group_out();
   p.rows = s.out_h, p.cols = s.out_w;
-  plan(p, element, kernels.lanes[element == 4]);
+  const bool depthwise = is_depthwise(p) && channels_contiguous(p.grad);
+  if (depthwise)
+    p.slices = std::min(kGradTasks, p.batch * p.rows);
+  else
+    plan(p, element, kernels.lanes[element == 4]);
   const int64_t count = s.out_channels * s.group_in() * p.num_taps;
   const Scratch<char> sums(p.slices * count * element), bias_sums(p.slices * s.out_channels * element);
   p.weight_sums = sums.get();
   p.bias_sums = bias_result ? bias_sums.get() : nullptr;
-  run_tasks(p, kernels.run_grad[dtype]);
+  if (depthwise)
+    torch::stable::parallel_for(0, p.slices, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<char> scratch((p.num_taps + 1) * (p.groups + 16) * element);
+      depthwise_kernels().run_grad[dtype](p, scratch.get(), begin, end);
+    });
+  else
+    run_tasks(p, kernels.run_grad[dtype]);
   torch::stable::parallel_for(0, s.out_channels, ceil_div(16 * 1024, count / s.out_channels),
                               [&](int64_t begin, int64_t end) {
                                 kernels.sum_slices[dtype](p, weight_result.data_ptr(), begin, end);

@@ -284,31 +284,31 @@ FASTNN_INLINE void tile(const TileSetting<A>& s, const A* planes, int64_t channe
   Vec<A> sum[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int v = 0; v < NV; ++v)
       sum[m][v] = s.first ? splat(bias ? bias[m] : A(0)) : load(out + m * s.out_pitch + v * kLanes<A>);
   for (int64_t c = 0; c < channels; ++c, planes += s.plane)
     for (int64_t t = 0; t < s.taps; ++t, weight += MR) {
       const A* operand = planes + s.offsets[t];
       Vec<A> b[NV];
-#pragma GCC unroll 3
+#pragma GCC unroll 6
       for (int v = 0; v < NV; ++v) b[v] = load(operand + v * kLanes<A>);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
         const Vec<A> a = splat(weight[m]);
-#pragma GCC unroll 3
+#pragma GCC unroll 6
         for (int v = 0; v < NV; ++v) sum[m][v] += a * b[v];
       }
     }
   if (s.last && s.relu) {
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 3
+#pragma GCC unroll 6
       for (int v = 0; v < NV; ++v) sum[m][v] = sum[m][v] < Vec<A>{} ? Vec<A>{} : sum[m][v];
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int v = 0; v < NV; ++v) store(out + m * s.out_pitch + v * kLanes<A>, sum[m][v]);
 }
 
@@ -320,8 +320,10 @@ template <class A, int MR>
 void tiles(const TileSetting<A>& s, const A* planes, int64_t channels, const A* weight, const A* bias, A* out,
            int64_t count) {
   for (int64_t left = ceil_div(count, kLanes<A>); left > 0;) {
-    const int64_t vectors = tile_vectors(left);
-    if (vectors == 3)
+    const int64_t vectors = MR == 1 && left >= 6 ? 6 : tile_vectors(left);
+    if (vectors == 6)  // one result channel: more vectors instead, to have enough sums to hide an FMA's latency
+      tile<A, 1, 6>(s, planes, channels, weight, bias, out);
+    else if (vectors == 3)
       tile<A, MR, 3>(s, planes, channels, weight, bias, out);
     else if (vectors == 2)
       tile<A, MR, 2>(s, planes, channels, weight, bias, out);
@@ -627,19 +629,19 @@ void outer_tile(const A* grads, int64_t grad_width, const A* planes, int64_t wid
       const A* x = planes + at * width;
       for (int64_t i = 0; i < cols; ++i, g += grad_width, x += width) {
         Vec<A> b[NV];
-#pragma GCC unroll 3
+#pragma GCC unroll 6
         for (int v = 0; v < NV; ++v) b[v] = load(x + v * kLanes<A>);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) {
           const Vec<A> a = splat(g[m]);
-#pragma GCC unroll 3
+#pragma GCC unroll 6
           for (int v = 0; v < NV; ++v) sum[m][v] += a * b[v];
         }
       }
     }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int v = 0; v < NV; ++v) {
       A* out = sums + m * sums_pitch + v * kLanes<A>;
       const int lanes = v == NV - 1 ? tail : kLanes<A>;
