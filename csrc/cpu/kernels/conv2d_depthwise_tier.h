@@ -57,18 +57,17 @@ FASTNN_INLINE Vec<Accumulator<T>> load_lanes(const T* p, int lanes) {
   return load_n(p, lanes);
 }
 
-// The source at `offset`, its ReLU mask applied where it has one.
-template <class T, bool full>
-FASTNN_INLINE Vec<Accumulator<T>> load_source(const T* data, const T* relu, int64_t offset, int64_t relu_offset,
-                                              int lanes) {
-  const Vec<Accumulator<T>> value = load_lanes<T, full>(data + offset, lanes);
-  if (!relu) return value;
+// A source vector; masked: where the ReLU output at `relu` lets it through.
+template <class T, bool full, bool masked>
+FASTNN_INLINE Vec<Accumulator<T>> load_source(const T* data, const T* relu, int lanes) {
+  const Vec<Accumulator<T>> value = load_lanes<T, full>(data, lanes);
+  if constexpr (!masked) return value;
   const Vec<Accumulator<T>> zero{};
-  return load_lanes<T, full>(relu + relu_offset, lanes) <= zero ? zero : value;
+  return load_lanes<T, full>(relu, lanes) <= zero ? zero : value;
 }
 
 // NP results of a row from column x on, NV vectors of channels (not full: one vector of `lanes` channels).
-template <class T, int NP, int NV, bool full>
+template <class T, int NP, int NV, bool full, bool masked>
 FASTNN_INLINE void pixels(const TapConv& p, const T* source, const T* relu, const RowTap* taps, int64_t count,
                           int64_t channels, int64_t c, int64_t x, int lanes, T* result) {
   using A = Accumulator<T>;
@@ -83,16 +82,19 @@ FASTNN_INLINE void pixels(const TapConv& p, const T* source, const T* relu, cons
     for (int i = 0; i < NP; ++i) sum[i][v] = start;
   }
   source += x * step + c;
-  if (relu) relu += x * relu_step + c;
+  if (masked) relu += x * relu_step + c;
   for (int64_t t = 0; t < count; ++t) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      const Vec<A> w = load(weight + taps[t].index * channels + v * kLanes<A>);
+    const T* from = source + taps[t].offset;
+    const T* mask = masked ? relu + taps[t].relu_offset : nullptr;
+    const A* w = weight + taps[t].index * channels;
 #pragma GCC unroll 8
-      for (int i = 0; i < NP; ++i)
-        sum[i][v] += w * load_source<T, full>(source, relu, taps[t].offset + i * step + v * kLanes<A>,
-                                              taps[t].relu_offset + i * relu_step + v * kLanes<A>, lanes);
-    }
+    for (int i = 0; i < NP; ++i, from += step, mask += masked ? relu_step : 0)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const int at = v * kLanes<A>;
+        const T* mask_at = masked ? mask + at : nullptr;
+        sum[i][v] += load(w + at) * load_source<T, full, masked>(from + at, mask_at, lanes);
+      }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < NP; ++i)
@@ -120,41 +122,49 @@ FASTNN_INLINE int64_t column_taps(const ConvSource& s, const Planes& p, const Ro
 
 // NP results of a row from column x on, every channel: channels innermost, as they lie in memory. (Along the row first,
 // a power-of-two number of channels would put all its pixels into a few cache sets.)
-template <class T, int NP>
+template <class T, int NP, bool masked>
 void all_channels(const TapConv& p, const T* source, const T* relu, const RowTap* taps, int64_t count, int64_t x,
                   T* result) {
   constexpr int L = kLanes<Accumulator<T>>;
   const int64_t padded = (p.groups + L - 1) / L * L;
   int64_t c = 0;
   for (; c + kLine * L <= p.groups; c += kLine * L)
-    pixels<T, NP, kLine, true>(p, source, relu, taps, count, padded, c, x, L, result);
-  for (; c + L <= p.groups; c += L) pixels<T, NP, 1, true>(p, source, relu, taps, count, padded, c, x, L, result);
+    pixels<T, NP, kLine, true, masked>(p, source, relu, taps, count, padded, c, x, L, result);
+  for (; c + L <= p.groups; c += L) pixels<T, NP, 1, true, masked>(p, source, relu, taps, count, padded, c, x, L, result);
   if (c < p.groups)
-    pixels<T, NP, 1, false>(p, source, relu, taps, count, padded, c, x, int(p.groups - c), result);
+    pixels<T, NP, 1, false, masked>(p, source, relu, taps, count, padded, c, x, int(p.groups - c), result);
 }
 
 // Result rows [begin, end) of all images.
-template <class T>
-void run_depthwise(const TapConv& p, int64_t begin, int64_t end) {
+template <class T, bool masked>
+void run_rows(const TapConv& p, int64_t begin, int64_t end) {
   RowTap taps[kMostTaps * kMostTaps], some[kMostTaps * kMostTaps];
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index / p.rows, y = index % p.rows;
     const T* source = static_cast<const T*>(p.source.data) + n * p.source.stride.n;
-    const T* relu = static_cast<const T*>(p.source.relu_output);
-    if (relu) relu += n * p.source.relu_stride.n;
+    const T* relu = static_cast<const T*>(p.source.relu_output) + (masked ? n * p.source.relu_stride.n : 0);
     T* result = static_cast<T*>(p.result.data) + n * p.result.stride.n + y * p.result.stride.h;
     const int64_t count = row_taps(p.source, p.planes, p.taps, p.num_taps, y, taps);
     const Interior range = interior(p.source, p.planes, taps, count, p.cols);
     for (int64_t x = 0; x < p.cols;) {
       if (x >= range.first && x + kPixels <= range.last) {
-        all_channels<T, kPixels>(p, source, relu, taps, count, x, result);
+        all_channels<T, kPixels, masked>(p, source, relu, taps, count, x, result);
         x += kPixels;
       } else {
-        all_channels<T, 1>(p, source, relu, some, column_taps(p.source, p.planes, taps, count, x, some), x, result);
+        const int64_t inside = column_taps(p.source, p.planes, taps, count, x, some);
+        all_channels<T, 1, masked>(p, source, relu, some, inside, x, result);
         ++x;
       }
     }
   }
+}
+
+template <class T>
+void run_depthwise(const TapConv& p, int64_t begin, int64_t end) {
+  if (p.source.relu_output)
+    run_rows<T, true>(p, begin, end);
+  else
+    run_rows<T, false>(p, begin, end);
 }
 
 // packed[tap][channel], channels padded to whole vectors. strides[0]: of the channel.
@@ -178,14 +188,15 @@ struct RowGradient {
 };
 
 // sums[tap] += over result columns [first, last) of grad * source, for NT taps.
-template <class T, int NT, bool full>
+template <class T, int NT, bool full, bool masked>
 FASTNN_INLINE void add_taps(const RowGradient<T>& r, const RowTap* taps, int64_t first, int64_t last,
                             Vec<Accumulator<T>>* sums) {
   Vec<Accumulator<T>> sum[NT];
 #pragma GCC unroll 9
   for (int t = 0; t < NT; ++t) sum[t] = sums[taps[t].index];
   for (int64_t x = first; x < last; ++x) {
-    const auto g = load_source<T, full>(r.grad, r.relu, x * r.grad_step, x * r.relu_step, r.lanes);
+    const auto g = load_source<T, full, masked>(r.grad + x * r.grad_step, masked ? r.relu + x * r.relu_step : nullptr,
+                                                r.lanes);
 #pragma GCC unroll 9
     for (int t = 0; t < NT; ++t) sum[t] += g * load_lanes<T, full>(r.source + taps[t].offset + x * r.step, r.lanes);
   }
@@ -193,22 +204,22 @@ FASTNN_INLINE void add_taps(const RowGradient<T>& r, const RowTap* taps, int64_t
   for (int t = 0; t < NT; ++t) sums[taps[t].index] = sum[t];
 }
 
-template <class T, bool full>
-FASTNN_INLINE void add_all_taps(const RowGradient<T>& r, const RowTap* taps, int64_t count, int64_t first, int64_t last,
+template <class T, bool full, bool masked>
+void add_all_taps(const RowGradient<T>& r, const RowTap* taps, int64_t count, int64_t first, int64_t last,
                                 Vec<Accumulator<T>>* sums, Vec<Accumulator<T>>* bias) {
   int64_t t = 0;
-  for (; t + kMostTaps <= count; t += kMostTaps) add_taps<T, kMostTaps, full>(r, taps + t, first, last, sums);
-  for (; t + 3 <= count; t += 3) add_taps<T, 3, full>(r, taps + t, first, last, sums);
-  for (; t < count; ++t) add_taps<T, 1, full>(r, taps + t, first, last, sums);
+  for (; t + kMostTaps <= count; t += kMostTaps) add_taps<T, kMostTaps, full, masked>(r, taps + t, first, last, sums);
+  for (; t + 3 <= count; t += 3) add_taps<T, 3, full, masked>(r, taps + t, first, last, sums);
+  for (; t < count; ++t) add_taps<T, 1, full, masked>(r, taps + t, first, last, sums);
   if (bias)
     for (int64_t x = first; x < last; ++x)
-      *bias += load_source<T, full>(r.grad, r.relu, x * r.grad_step, x * r.relu_step, r.lanes);
+      *bias += load_source<T, full, masked>(r.grad + x * r.grad_step, masked ? r.relu + x * r.relu_step : nullptr, r.lanes);
 }
 
 // Slices [begin, end) of the rows of all images, every channel. scratch: a vector a tap and channel vector, and one more
 // a channel vector for the bias.
-template <class T>
-void run_depthwise_grad(const TapGrad& p, void* scratch, int64_t begin, int64_t end) {
+template <class T, bool masked>
+void run_slices(const TapGrad& p, void* scratch, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   const int64_t rows = p.batch * p.rows, vectors = (p.groups + L - 1) / L, each = p.num_taps + 1;
@@ -238,9 +249,9 @@ void run_depthwise_grad(const TapGrad& p, void* scratch, int64_t begin, int64_t 
           at.lanes = int(p.groups - v * L < L ? p.groups - v * L : L);
           Vec<A>*sum = sums + v * each, *bias = p.bias_sums ? sum + p.num_taps : nullptr;
           if (at.lanes == L)
-            add_all_taps<T, true>(at, some, n_some, x, next, sum, bias);
+            add_all_taps<T, true, masked>(at, some, n_some, x, next, sum, bias);
           else
-            add_all_taps<T, false>(at, some, n_some, x, next, sum, bias);
+            add_all_taps<T, false, masked>(at, some, n_some, x, next, sum, bias);
         }
       }
     }
@@ -251,6 +262,14 @@ void run_depthwise_grad(const TapGrad& p, void* scratch, int64_t begin, int64_t 
       if (bias_sums) bias_sums[c] = sums[c / L * each + p.num_taps][c % L];
     }
   }
+}
+
+template <class T>
+void run_depthwise_grad(const TapGrad& p, void* scratch, int64_t begin, int64_t end) {
+  if (p.grad.relu_output)
+    run_slices<T, true>(p, scratch, begin, end);
+  else
+    run_slices<T, false>(p, scratch, begin, end);
 }
 
 #define FASTNN_ALL_DTYPES(function) \
