@@ -101,6 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run["settings"] = {name: getattr(options, name) for name in ("suite", "dtype", "quick", "compile", "thp")}
         run["peaks"] = machine.peaks(dtypes, options.device)
         print(report.where(run))
+        load, cores = run["machine"]["load_before"], run["machine"]["cores"]
+        if load is not None and load > 0.5 * cores:
+            print(
+                f"the machine is busy (load {load:.1f} on {cores} cores): times and peaks will be off", file=sys.stderr
+            )
         rows = []
         for name in options.suite:
             try:

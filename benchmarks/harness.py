@@ -29,6 +29,7 @@ Bound = Literal["flops", "bytes"]
 # The largest error against float64 (as `error` defines it) of a result that is right. Sums over thousands of terms and
 # Winograd transforms stay well within it; a missing term, a zero gradient or a wrong element does not.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+BLOCK = 1 << 24  # elements compared at once: 128 MiB in float64
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def error(results: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     for got, want in zip(results, reference, strict=True):
         if got.shape != want.shape:
             return math.inf
-        rows = max(1, (1 << 24) * max(want.shape[:1], default=1) // max(want.numel(), 1))  # 128 MiB in float64
+        rows = max(1, BLOCK * max(want.shape[:1], default=1) // max(want.numel(), 1))
         blocks = zip(torch.atleast_1d(got.detach()).split(rows), torch.atleast_1d(want).split(rows), strict=True)
         distance = torch.stack([(g.double() - w).square().sum() for g, w in blocks]).sum().sqrt()
         norm = want.norm()

@@ -137,7 +137,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 def _times(ratio: float | None) -> str:
     if ratio is None:
-        return "wrong"
+        return "n/a"  # ours is wrong, or no native configuration is right
     return f"**{ratio:.2f} ▼**" if is_loss(ratio) else f"{ratio:.2f}"
 
 
@@ -268,6 +268,8 @@ def _plot_ratios(path: Path, run: dict[str, Any], rows: Sequence[Row]) -> None:
     axes.axvspan(axes.get_xlim()[0] if labels else 0.5, 1, color="tab:red", alpha=0.08)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}x")
+    axes.tick_params(axis="x", which="minor", labelsize=7)
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.grid(axis="both", alpha=0.3)
