@@ -127,7 +127,7 @@ def test_a_function_that_is_native_pytorch_s_is_refused():
 
 def test_variants_take_turns():
     order = []
-    samples = interleave([lambda n=n: (order.append(n), torch.rand(1 << 18).sort()) for n in "ABC"], QUICK)
+    samples = interleave([lambda n=n: (order.append(n), torch.rand(1 << 16).sort()) for n in "ABC"], QUICK)
     rounds = len(samples[0])
     fewest, most = QUICK.rounds
     assert fewest <= rounds <= most
