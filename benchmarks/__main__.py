@@ -1,0 +1,139 @@
+"""The command line: ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import conv2d, cross_entropy, machine, optim, relu, report, train
+from benchmarks.harness import Row, Settings, measure
+
+SUITES: dict[str, Any] = {
+    "conv2d": conv2d,
+    "relu": relu,
+    "cross_entropy": cross_entropy,
+    "optim": optim,
+    "train": train,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+THP = "THP_MEM_ALLOC_ENABLE"  # PyTorch reads it when it starts: a process of its own
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="fastnn beside every native PyTorch configuration, measured in turn in one process. "
+        "How, and what the figures mean: docs/benchmarks.md.",
+    )
+    parser.add_argument("--suite", action="append", choices=SUITES, help="only this one (may be repeated)")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default float32 (may be repeated)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default cpu")
+    parser.add_argument("--threads", type=int, help="threads of both sides (default: PyTorch's)")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller rows, fewer rounds: three minutes")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as a baseline of every row, not only of "
+                        "train and conv+relu+pool (tens of seconds a row)")  # fmt: skip
+    parser.add_argument("--thp", action="store_true", help=f"measure everything again under {THP}=1 and show both")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write ratios.png and roofline.png into DIR")
+    parser.add_argument("--readme", action="store_true", help="rewrite the README's table")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE",
+                        help="measure nothing: plots and README from an earlier --json")  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no CUDA device")
+    return options
+
+
+def run_suite(name: str, dtypes: Sequence[torch.dtype], settings: Settings, peaks: dict[str, Any]) -> list[Row]:
+    """Measures a suite, printing each row as it is done."""
+    suite, rows = SUITES[name], []
+    work = [(dtype, layer) for dtype in dtypes for layer in suite.layers(settings)]
+    with tqdm(work, desc=name, unit="layer", dynamic_ncols=True) as progress:
+        for dtype, layer in progress:
+            progress.set_postfix_str(layer.name)
+            for case in suite.cases(layer, dtype, settings):
+                for row in measure(case, settings):
+                    rows.append(row)
+                    progress.write(report.line(row, peaks))
+    return rows
+
+
+def under_thp(options: argparse.Namespace, rows: Sequence[Row]) -> None:
+    """Runs the same suites in a process with huge pages switched on and adds its figures to the rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "thp.json"
+        command = [sys.executable, "-m", "benchmarks", "--json", str(result), "--device", str(options.device)]
+        command += [word for suite in options.suite for word in ("--suite", suite)]
+        command += [word for dtype in options.dtype for word in ("--dtype", dtype)]
+        command += ["--threads", str(torch.get_num_threads())]
+        command += ["--quick"] * options.quick + ["--compile"] * options.compile
+        print(f"\nThe same again under {THP}=1:", flush=True)
+        subprocess.run(command, env={**os.environ, THP: "1"}, cwd=machine.ROOT, check=False)
+        fields = {report.row_from_json(f).key: f for f in json.loads(result.read_text())["rows"]}
+    for row in rows:
+        if row.key in fields:
+            row.thp = {name: fields[row.key][name] for name in ("ratio", "ours", "native", "best_native")}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    failures = {}
+    if options.source:
+        run, rows = report.load(options.source)
+    else:
+        options.suite, options.dtype = options.suite or list(SUITES), options.dtype or ["float32"]
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        torch.manual_seed(0)
+        settings = Settings(options.device, quick=options.quick, compile_all=options.compile)
+        dtypes = [DTYPES[name] for name in options.dtype]
+        run = machine.facts(options.device)
+        run["settings"] = {name: getattr(options, name) for name in ("suite", "dtype", "quick", "compile", "thp")}
+        run["peaks"] = machine.peaks(dtypes, options.device)
+        print(report.where(run))
+        load, cores = run["machine"]["load_before"], run["machine"]["cores"]
+        if load is not None and load > 0.5 * cores:
+            print(
+                f"the machine is busy (load {load:.1f} on {cores} cores): times and peaks will be off", file=sys.stderr
+            )
+        rows = []
+        for name in options.suite:
+            try:
+                rows += run_suite(name, dtypes, settings, run["peaks"])
+            except NotImplementedError as missing:
+                failures[name] = str(missing)
+        if options.thp:
+            under_thp(options, rows)
+
+    for entry in report.summary(rows):
+        print(
+            f"{entry['suite']:<13} {entry['dtype']:<8} geometric mean {entry['geometric_mean']:.2f}x over "
+            f"{entry['rows']} rows, {entry['lowest']:.2f}x to {entry['highest']:.2f}x; {entry['slower']} slower than "
+            f"native, {entry['wrong']} wrong"
+            + (f"; under THP {entry['thp_geometric_mean']:.2f}x" if entry["thp_geometric_mean"] else "")
+        )
+    if options.json:
+        report.save(options.json, run, rows)
+        print(f"wrote {options.json}")
+    if options.plot:
+        print("wrote", *report.plot(options.plot, run, rows))
+    if options.readme:
+        report.rewrite_readme(machine.ROOT / "README.md", run, rows)
+        print("rewrote README.md")
+    for name, reason in failures.items():
+        print(f"suite {name} did not run: {reason}", file=sys.stderr)
+    return 1 if failures or any(row.ours.wrong for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""Times several ways of computing one thing side by side, and says how right each of them is.
+
+A suite (conv2d.py, relu.py, ...) turns each layer of its list into cases: one pass of that layer, computed by fastnn
+and by native PyTorch in every configuration worth having. `measure` gives one row for each of a case's fastnn variants.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+import fastnn.nn.functional
+from fastnn import dispatch
+
+Bound = Literal["flops", "bytes"]
+
+# The largest error against float64 (as `error` defines it) of a result that is right. Sums over thousands of terms and
+# Winograd transforms stay well within it; a missing term, a zero gradient or a wrong element does not.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+BLOCK = 1 << 24  # elements compared at once: 128 MiB in float64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line chose."""
+
+    device: torch.device
+    quick: bool = False
+    compile_all: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the rounds of one case, about."""
+        return 0.25 if self.quick else 1.0
+
+    @property
+    def rounds(self) -> tuple[int, int]:
+        """Fewest and most rounds of one case."""
+        return (3, 15) if self.quick else (7, 51)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case: ``run`` does it once and returns the results that are checked."""
+
+    name: str
+    run: Callable[[], Sequence[Tensor]]
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pass of one layer. The first native variant is plain eager PyTorch, the yardstick of what is right."""
+
+    suite: str
+    layer: str
+    pass_name: str
+    dtype: torch.dtype
+    bound: Bound  # what limits it at best: arithmetic or memory
+    flops: float
+    bytes: float  # what any implementation must at least move
+    variants: Sequence[Variant]
+    reference: Sequence[Tensor]  # the results in float64
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one variant took, and how far from float64 it was."""
+
+    name: str
+    error: float
+    wrong: bool  # too far from float64: not timed, not compared with
+    note: str | None = None
+    median_ms: float = math.nan
+    q1_ms: float = math.nan
+    q3_ms: float = math.nan
+    rounds: int = 0
+
+
+@dataclass
+class Row:
+    """One fastnn variant of one case beside every native one."""
+
+    suite: str
+    layer: str
+    pass_name: str
+    dtype: str
+    bound: Bound
+    flops: float
+    bytes: float
+    ours: Timing
+    native: list[Timing]
+    thp: dict[str, Any] | None = field(default=None)  # the same row measured under THP_MEM_ALLOC_ENABLE=1
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.suite, self.layer, self.pass_name, self.dtype, self.ours.name
+
+    @property
+    def best(self) -> Timing | None:
+        """The fastest native configuration whose results are right."""
+        return min((t for t in self.native if not t.wrong), key=lambda t: t.median_ms, default=None)
+
+    @property
+    def ratio(self) -> float | None:
+        """Best native time over ours: above 1 fastnn is faster. None where ours is wrong or no native one is right."""
+        best = self.best
+        return None if best is None or self.ours.wrong else best.median_ms / self.ours.median_ms
+
+    def rate(self, timing: Timing) -> float:
+        """GFLOP/s or GB/s, by what bounds the case."""
+        work = self.flops if self.bound == "flops" else self.bytes
+        return work / timing.median_ms / 1e6
+
+
+def own(name: str, module: ModuleType, native: ModuleType) -> Callable[..., Any]:
+    """``module.<name>``, which must be fastnn's.
+
+    Raises:
+        NotImplementedError: there is none, or the name leads to native PyTorch's, which would be compared with itself.
+    """
+    function = getattr(module, name, None)
+    if function is None or function is getattr(native, name, None):
+        raise NotImplementedError(f"{module.__name__} has no {name} of its own in this build")
+    return function
+
+
+def functional(name: str) -> Callable[..., Tensor]:
+    """fastnn's own function of that name in ``fastnn.nn.functional``."""
+    return own(name, fastnn.nn.functional, torch.nn.functional)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` for the shapes at hand. Backward runs many times over one graph here, which a compiled function
+    only allows where it does not reuse the buffers of its forward."""
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
+def error(results: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """``|result - reference| / |reference|`` in the Euclidean norm, of the worst of the tensors.
+
+    A norm and not a largest difference: where ReLU or max-pooling meets two nearly equal values, rounding alone decides
+    which way one element's whole gradient goes, in every implementation.
+    """
+    errors = [torch.zeros((), dtype=torch.float64)]
+    for got, want in zip(results, reference, strict=True):
+        if got.shape != want.shape:
+            return math.inf
+        rows = max(1, BLOCK * max(want.shape[:1], default=1) // max(want.numel(), 1))
+        blocks = zip(torch.atleast_1d(got.detach()).split(rows), torch.atleast_1d(want).split(rows), strict=True)
+        distance = torch.stack([(g.double() - w).square().sum() for g, w in blocks]).sum().sqrt()
+        norm = want.norm()
+        errors.append((distance / norm if norm > 0 else distance).cpu())
+    return torch.stack(errors).max().item()  # NaN anywhere stays NaN
+
+
+def pass_function(
+    pass_name: str, forward: Callable[[], Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], dy: Tensor
+) -> Callable[[], Sequence[Tensor]]:
+    """A function that runs one pass of a differentiable call once.
+
+    Args:
+        pass_name: forward, grad_input, grad_weight, backward (both gradients) or forward+backward.
+        forward: the call, on ``inputs`` and ``weights``, leaves of this pass alone.
+        dy: the gradient of its output.
+
+    A backward pass runs over a graph that its first run records, in which just the tensors it is about require grad.
+    """
+    wanted = {"grad_input": inputs, "grad_weight": weights}.get(pass_name, [*inputs, *weights])
+    recorded: list[Tensor] = []
+
+    def forward_only() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return [forward()]
+
+    def backward() -> Sequence[Tensor]:
+        if not recorded:
+            recorded.append(forward())
+        return torch.autograd.grad(recorded[0], wanted, dy, retain_graph=True)
+
+    def both() -> Sequence[Tensor]:
+        output = forward()
+        return [output, *torch.autograd.grad(output, wanted, dy)]
+
+    if pass_name == "forward":
+        return forward_only
+    for tensor in wanted:
+        tensor.requires_grad_()
+    return both if pass_name == "forward+backward" else backward
+
+
+@contextmanager
+def native_calls() -> Iterator[list[str]]:
+    """Collects what fastnn's logger says inside the block of calls that went to native PyTorch."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    dispatch._logged.clear()  # each reason is logged once a process
+    level = dispatch.logger.level
+    dispatch.logger.addHandler(handler)
+    dispatch.logger.setLevel(logging.DEBUG)
+    try:
+        yield messages
+    finally:
+        dispatch.logger.setLevel(level)
+        dispatch.logger.removeHandler(handler)
+
+
+def _sample(run: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """Seconds a call, over ``calls`` of them; what a call returns is freed inside the timed region."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def interleave(runs: Sequence[Callable[[], Any]], settings: Settings) -> list[list[float]]:
+    """Seconds a call of each function, one sample of each a round: A B C A B C ...
+
+    What else the machine does then hits all of them alike. A sample of a short call is several of them in a row.
+    """
+    device = settings.device
+    once = [min(_sample(run, 1, device) for _ in range(2)) for run in runs]
+    calls = [max(1, math.ceil(5e-4 / seconds)) for seconds in once]
+    a_round = sum(n * seconds for n, seconds in zip(calls, once, strict=True))
+    fewest, most = settings.rounds
+    samples: list[list[float]] = [[] for _ in runs]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(min(most, max(fewest, round(settings.seconds / a_round)))):
+            for run, n, mine in zip(runs, calls, samples, strict=True):
+                mine.append(_sample(run, n, device))
+    finally:
+        gc.enable()
+    return samples
+
+
+def _check(variant: Variant, case: Case, limit: float) -> Timing:
+    """Runs a variant for the first time and compares its results with float64's."""
+    note = None
+    try:
+        with native_calls() as messages:
+            results = variant.run()
+    except Exception as failure:  # a configuration that cannot run at all is a result too, of native and of ours
+        first_line = str(failure).strip().split("\n")[0]
+        return Timing(variant.name, math.nan, wrong=True, note=f"{type(failure).__name__}: {first_line}"[:200])
+    distance = error(results, case.reference)
+    if variant.ours and messages:
+        note = "; ".join(messages)
+    return Timing(variant.name, distance, wrong=not distance <= limit, note=note)
+
+
+def measure(case: Case, settings: Settings) -> list[Row]:
+    """Checks every variant of the case, times the ones that are right, and gives a row for each of ours."""
+    tolerance = TOLERANCE[case.dtype]
+    eager = next(v for v in case.variants if not v.ours)
+    checked = {eager.name: _check(eager, case, math.inf)}
+    limit = max(tolerance, 10 * checked[eager.name].error)  # a NaN is never the larger
+    for variant in case.variants:
+        if variant is not eager:
+            checked[variant.name] = _check(variant, case, limit)
+    right = [v for v in case.variants if not checked[v.name].wrong]
+    for variant, samples in zip(right, interleave([v.run for v in right], settings), strict=True):
+        q1, median, q3 = (1e3 * q for q in statistics.quantiles(samples, n=4, method="inclusive"))
+        was = checked[variant.name]
+        checked[variant.name] = Timing(was.name, was.error, was.wrong, was.note, median, q1, q3, len(samples))
+    native = [checked[v.name] for v in case.variants if not v.ours]
+    dtype = str(case.dtype).removeprefix("torch.")
+    return [
+        Row(
+            case.suite,
+            case.layer,
+            case.pass_name,
+            dtype,
+            case.bound,
+            case.flops,
+            case.bytes,
+            ours=checked[v.name],
+            native=native,
+        )
+        for v in case.variants
+        if v.ours
+    ]
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(math.log(r) for r in ratios)) if ratios else math.nan

@@ -1,0 +1,72 @@
+"""ReLU: new tensor and in place, at the sizes of an image network's activations and of a small hidden layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn import functional as native
+
+from benchmarks.harness import Case, Settings, Variant, compiled, functional, pass_function
+
+# Tensors read or written by each pass: x -> y; dy, y -> dx.
+TENSORS_MOVED = {"forward": 2, "backward": 3, "forward+backward": 5}
+
+
+@dataclass(frozen=True)
+class Layer:
+    shape: tuple[int, ...]
+    inplace: bool = False
+    quick: bool = True
+
+    @property
+    def name(self) -> str:
+        return "x".join(map(str, self.shape)) + (" in place" if self.inplace else "")
+
+
+LAYERS = [
+    Layer((64, 32, 224, 224), quick=False),
+    Layer((16, 64, 112, 112)),
+    Layer((16, 64, 112, 112), inplace=True),
+    Layer((64, 128)),
+]
+
+
+def layers(settings: Settings) -> list[Layer]:
+    return [layer for layer in LAYERS if layer.quick or not settings.quick]
+
+
+def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case]:
+    ours = functional("relu")
+    x = torch.randn(layer.shape, device=settings.device).to(dtype)
+    grad_output = torch.randn(layer.shape, device=settings.device).to(dtype)
+    output = native.relu(x.double())
+    grad = grad_output.double() * (x > 0)
+    reference = {"forward": [output], "backward": [grad], "forward+backward": [output, grad]}
+    if layer.inplace:
+        reference = {"forward": [output]}
+
+    functions = {"eager": native.relu, "fastnn": ours}
+    if settings.compile_all:
+        functions["compiled"] = compiled(native.relu)
+    for pass_name, wanted in reference.items():
+        variants = []
+        for name, function in functions.items():
+            mine = x.clone()
+            forward = partial(function, mine, inplace=layer.inplace)
+            run = pass_function(pass_name, forward, [mine], [], grad_output)
+            variants.append(Variant(name, run, ours=name == "fastnn"))
+        moved = TENSORS_MOVED[pass_name] * x.numel()
+        yield Case(
+            suite="relu",
+            layer=layer.name,
+            pass_name=pass_name,
+            dtype=dtype,
+            bound="bytes",
+            flops=x.numel(),
+            bytes=moved * x.element_size(),
+            variants=variants,
+            reference=wanted,
+        )

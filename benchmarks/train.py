@@ -1,0 +1,153 @@
+"""One whole training step of the example program: zero_grad, forward, loss, backward, Adam."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastnn
+import fastnn.nn
+import fastnn.optim
+from benchmarks.conv2d import LAYOUTS
+from benchmarks.harness import Case, Settings, Variant, compiled, own
+
+ADAM: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "fused": {"fused": True}}
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The example's network on a batch of square images."""
+
+    batch: int
+    size: int = 224
+
+    @property
+    def name(self) -> str:
+        return f"example program, batch {self.batch}"
+
+    @property
+    def flops(self) -> int:
+        """Of a step: every layer forward and weight gradient, and input gradients of all but the first."""
+        s = self.size
+        first, second = 2 * 27 * 32 * s**2, 2 * 288 * 64 * (s // 2) ** 2
+        linear = 2 * (64 * (s // 4) ** 2 * 128 + 128 * CLASSES)
+        return self.batch * (2 * first + 3 * second + 3 * linear)
+
+    @property
+    def moved(self) -> int:
+        """Elements a step must read or write: images and pooled activations forward and backward, and for each
+        parameter its two reads, its gradient, and Adam's seven."""
+        s = self.size
+        activations = 32 * (s // 2) ** 2 + 64 * (s // 4) ** 2
+        parameters = 64 * (s // 4) ** 2 * 128
+        return self.batch * (2 * 3 * s**2 + 5 * activations) + 10 * parameters
+
+
+def layers(settings: Settings) -> list[Layer]:
+    return [Layer(batch=16 if settings.quick else 64)]
+
+
+def network(nn: ModuleType, size: int) -> torch.nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * (size // 4) ** 2, 128),
+        nn.ReLU(),
+        nn.Linear(128, CLASSES),
+    )
+
+
+def in_layout(model: torch.nn.Module, layout: str) -> torch.nn.Module:
+    return model.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+
+
+def stepper(
+    model: torch.nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    target: Tensor,
+) -> Callable[[], list[Tensor]]:
+    """A function that takes one training step and returns the loss and every gradient."""
+
+    def run() -> list[Tensor]:
+        optimizer.zero_grad()
+        loss = criterion(forward(images), target)
+        loss.backward()
+        optimizer.step()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    return run
+
+
+def in_float64(model: torch.nn.Module, images: Tensor, target: Tensor) -> list[Tensor]:
+    """Loss and gradients of the whole batch, summed over slices of it to save memory."""
+    model = copy.deepcopy(model).double()
+    loss = torch.zeros((), dtype=torch.float64, device=images.device)
+    for x, t in zip(images.split(8), target.split(8), strict=True):
+        part = torch.nn.functional.cross_entropy(model(x.double()), t, reduction="sum") / len(images)
+        part.backward()
+        loss += part.detach()
+    return [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case]:
+    for name in ("Conv2d", "ReLU", "CrossEntropyLoss"):
+        own(name, fastnn.nn, torch.nn)
+    our_adam, convert = own("Adam", fastnn.optim, torch.optim), own("convert", fastnn, torch)
+    images = torch.randn(layer.batch, 3, layer.size, layer.size, device=settings.device).to(dtype)
+    target = torch.randint(CLASSES, (layer.batch,), device=settings.device)
+    initial = network(torch.nn, layer.size).to(settings.device, dtype)
+    reference = in_float64(initial, images, target)
+
+    def native(layout: str, adam: str, compile_it: bool) -> Callable[[], list[Tensor]]:
+        model = in_layout(copy.deepcopy(initial), layout)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, **ADAM[adam])
+        forward = compiled(model) if compile_it else model
+        x = images.contiguous(memory_format=LAYOUTS[layout])
+        return stepper(model, forward, torch.nn.CrossEntropyLoss(), optimizer, x, target)
+
+    def ours(layout: str, converted: bool) -> Callable[[], list[Tensor]]:
+        model = in_layout(network(fastnn.nn, layer.size).to(settings.device, dtype), layout)
+        model.load_state_dict(initial.state_dict())
+        if converted:
+            convert(model)
+        optimizer = our_adam(model.parameters(), lr=1e-3)
+        x = images.contiguous(memory_format=LAYOUTS[layout])
+        return stepper(model, model, fastnn.nn.CrossEntropyLoss(), optimizer, x, target)
+
+    variants = [
+        Variant(f"eager {layout}, {adam}", native(layout, adam, compile_it=False))
+        for layout in LAYOUTS
+        for adam in ADAM
+    ]
+    variants += [Variant(f"compiled {layout}, fused", native(layout, "fused", compile_it=True)) for layout in LAYOUTS]
+    variants += [
+        Variant("fastnn, imports changed", ours("NCHW", converted=False), ours=True),
+        Variant("fastnn, converted", ours("NCHW", converted=True), ours=True),
+        Variant("fastnn, converted, channels_last", ours("channels_last", converted=True), ours=True),
+    ]
+    yield Case(
+        suite="train",
+        layer=layer.name,
+        pass_name="step",
+        dtype=dtype,
+        bound="flops",
+        flops=layer.flops,
+        bytes=layer.moved * images.element_size(),
+        variants=variants,
+        reference=reference,
+    )
