@@ -24,9 +24,9 @@ from torch.nn import functional as native_functional
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
+import fastnn.nn.functional as F
 from fastnn import nn
 from fastnn.dispatch import use_kernels
-from fastnn.nn import functional as F
 from fastnn.nn.modules import convolve
 
 _SWAPS: dict[type[native.Module], type[native.Module]] = {
@@ -63,10 +63,10 @@ def convert(model: native.Module) -> ConversionReport:
     """Puts ``model`` on fastnn's kernels, in place: the same modules, Parameters, hooks, state_dict keys and results.
 
     Every module whose class is exactly ``torch.nn.Conv2d``, ``ReLU`` or ``CrossEntropyLoss`` becomes fastnn's of that
-    name (a subclass of it). Where torch.fx shows that a Conv2d's result goes nowhere but into a ReLU, or into a ReLU and
-    a max-pool in either order, they run as one op, whether they are called as modules or as functions. The max-pool must
-    have no padding, dilation, ceil_mode or return_indices, and a window of at most 15 by 15. A result that a hook sees
-    is not fused, hooks registered later included; under torch.compile nothing is.
+    name (a subclass of it). Where torch.fx shows that a Conv2d's result goes nowhere but into a ReLU, or into a ReLU
+    and a max-pool in either order, they run as one op, whether they are called as modules or as functions. The max-pool
+    must have no padding, dilation, ceil_mode or return_indices, and a window of at most 15 by 15. A result that a hook
+    sees is not fused, hooks registered later included; under torch.compile nothing is.
 
     ``forward`` is run once, on a copy that shares the Parameters and buffers, with symbolic arguments. If it cannot be
     traced as a whole (control flow that depends on data), the report says where; parts of the model can still be
@@ -93,23 +93,22 @@ def convert(model: native.Module) -> ConversionReport:
     return report
 
 
-class _MaxPool(NamedTuple):
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
+class _Step(NamedTuple):
+    """A call that a convolution can take over; ``pool``: kernel_size and stride, where it is a max-pool."""
+
+    name: str
+    pool: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
-        return f"MaxPool2d(kernel_size={self.kernel_size}, stride={self.stride})"
+        return f"{self.name}(kernel_size={self.pool[0]}, stride={self.pool[1]})" if self.pool else self.name
 
 
-# A step that a convolution can take over. Most have one of each: ReLU, or ReLU and max-pool in either order, which is
-# the same function, as ReLU does not change which element is the largest.
-_Step = _MaxPool | str
-_RELU = "ReLU"
+_RELU = _Step("ReLU")
 _RELUS_IN_PLACE = (torch.relu_, Tensor.relu_, F.relu_)
 _RELUS = (native_functional.relu, torch.relu, Tensor.relu, F.relu, *_RELUS_IN_PLACE)
 _MAX_POOLS = (native_functional.max_pool2d, torch.max_pool2d)
 _LARGEST_WINDOW = 15
-_OTHER_MAX_POOL = f"a max-pool with padding, dilation, ceil_mode, return_indices or a window over {_LARGEST_WINDOW}"
+_OTHER_MAX_POOL = _Step(f"a max-pool with padding, dilation, ceil_mode, indices or a window over {_LARGEST_WINDOW}")
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
@@ -126,10 +125,12 @@ def _max_pool(
     return_indices: bool = False,
 ) -> _Step:
     window = _pair(kernel_size)
-    step = window if stride is None or stride == () else _pair(stride)
+    step = window if stride in (None, (), []) else _pair(stride)
     if window is None or step is None or max(window) > _LARGEST_WINDOW or ceil_mode or return_indices:
         return _OTHER_MAX_POOL
-    return _MaxPool(window, step) if _pair(padding) == (0, 0) and _pair(dilation) == (1, 1) else _OTHER_MAX_POOL
+    if _pair(padding) != (0, 0) or _pair(dilation) != (1, 1):
+        return _OTHER_MAX_POOL
+    return _Step("MaxPool2d", (window, step))
 
 
 def _step_of_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
@@ -153,15 +154,20 @@ def _step_of_module(module: native.Module) -> _Step | None:
     return None
 
 
+def _hooks(module: native.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def _hooked(modules: Iterable[native.Module]) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+    return any(any(_hooks(module)) for module in modules)
 
 
 class FusedConv2d(nn.Conv2d):
-    """A Conv2d of a converted model whose result goes through ``steps`` (ReLU, max-pool) in the model's forward.
+    """A Conv2d of a converted model whose result goes through ``steps`` in the model's forward: a ReLU, or a ReLU and a
+    max-pool in either order, which is the same function, as ReLU does not change which element is the largest.
 
-    ``passes_through``: the modules between the convolution and the end of the last step, whose hooks would see what is
-    not there when it is fused.
+    ``passes_through``: the modules from the convolution to the last step, whose hooks would see what is not there when
+    they run as one op.
     """
 
     steps: tuple[_Step, ...]
@@ -170,17 +176,14 @@ class FusedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if (
             torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
             or _has_any_global_hook()
             or _hooked(self.passes_through)
             or not use_kernels("conv2d_relu", input)
         ):
             return super().forward(input)
-        if self.steps == (_RELU,):
-            result = convolve(self, F.conv2d_relu, input, self.weight, self.bias)
-        else:
-            (pool,) = (step for step in self.steps if step != _RELU)
-            result = convolve(self, F.conv2d_relu_max_pool2d, input, self.weight, self.bias, *pool)
+        pool = [argument for step in self.steps for argument in step.pool]
+        operator = F.conv2d_relu_max_pool2d if pool else F.conv2d_relu
+        result = convolve(self, operator, input, self.weight, self.bias, *pool)
         return _Ahead(result, self.steps, self._unfused(input))
 
     def _unfused(self, input: Tensor) -> Callable[[], Tensor]:
@@ -264,9 +267,14 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(model: native.Module) -> fx.Graph:
-    """``model``'s graph, traced on a copy: forward may store symbolic values in the modules it runs on."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    return _Tracer().trace(copy.deepcopy(model, shared))
+    """The graph of a copy without hooks: forward may store symbolic values in the modules it runs on."""
+    held = (tensor for module in model.modules() for tensor in vars(module).values() if isinstance(tensor, Tensor))
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers(), held)}
+    twin = copy.deepcopy(model, shared)
+    for module in twin.modules():
+        for hooks in _hooks(module):
+            hooks.clear()
+    return _Tracer().trace(twin)
 
 
 def _why_untraceable(error: Exception) -> str:
@@ -307,15 +315,14 @@ def _follow(node: fx.Node, model: native.Module) -> _Chain:
     while not stopped:
         candidates = {user: _step_of_node(user, node, model) for user in node.users}
         step = next((step for step in candidates.values() if step is not None), None)
-        if step is None or type(step) in map(type, steps):
+        if step is None or step.name in (taken.name for taken in steps):
             break
         (user, *others) = candidates
         crossed = _containers(node) ^ _containers(user)
         hooked = [name for name in sorted(crossed | passed) if _hooked([model.get_submodule(name)])]
         if step == _OTHER_MAX_POOL:
-            stopped = f"{step} is not fused" if steps else ""
-            break
-        if others:
+            stopped = f"{step} is not fused"
+        elif others:
             stopped = f"what goes into {step} is used elsewhere too"
         elif hooked:
             stopped = f"a hook on {hooked[0]} may see what goes into {step}"
