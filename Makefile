@@ -23,7 +23,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.built  ## train on real images three ways (native, fastnn, converted) and compare; about 5 minutes
-	@$(BIN)/python examples/compare.py --epochs 1 $(ARGS)
+	@$(BIN)/python examples/compare.py --epochs 2 $(ARGS)
 
 test: $(VENV)/.built  ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)

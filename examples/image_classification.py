@@ -35,7 +35,7 @@ class DataError(Exception):
 def to_tensor(image: Image.Image, size: int) -> torch.Tensor:
     """A normalised (3, size, size) float tensor of any image."""
     pixels = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-    return (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - MEAN) / STD
+    return (torch.from_numpy(pixels).permute(2, 0, 1).contiguous() / 255 - MEAN) / STD
 
 
 class Digits(Dataset[tuple[torch.Tensor, int]]):

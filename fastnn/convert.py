@@ -188,13 +188,13 @@ class FusedConv2d(nn.Conv2d):
 
     def _unfused(self, input: Tensor) -> Callable[[], Tensor]:
         device = input.device.type
-        autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         version = None if input.is_inference() else input._version
 
         def compute() -> Tensor:
             if version is not None and input._version != version:
                 raise RuntimeError("the input of a fused convolution was modified before the plain result was needed")
-            with autocast:
+            with torch.autocast(*autocast):
                 return nn.Conv2d.forward(self, input)
 
         return compute
