@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as native
 from torch.nn.functional import *  # noqa: F403
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastnn import ops as _ops
 from fastnn.dispatch import log_once, use_kernels
@@ -28,6 +29,8 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         input: any shape and strides; float64, float32, bfloat16 or float16 on fastnn's kernels, others natively.
         inplace: write the result into ``input``.
     """
+    if has_torch_function_unary(input):  # torch's own protocol, which fastnn.convert and torch.fx build on
+        return handle_torch_function(native.relu, (input,), input, inplace=inplace)
     if not use_kernels("relu", input):
         return native.relu(input, inplace)
     return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)
@@ -170,7 +173,8 @@ def conv2d_relu_max_pool2d(
     if geometry is not None and window is not None and step is not None and min(window + step) > 0:
         strides, pads, dilations, _ = geometry
         size = [
-            (input.shape[d - 2] + pads[d] + pads[d + 2] - dilations[d] * (weight.shape[d + 2] - 1) - 1) // strides[d] + 1
+            (input.shape[d - 2] + pads[d] + pads[d + 2] - dilations[d] * (weight.shape[d + 2] - 1) - 1) // strides[d]
+            + 1
             for d in range(2)
         ]
         if window[0] <= size[0] and window[1] <= size[1] and window[0] * window[1] < 255:

@@ -17,7 +17,8 @@ Ints = list[int]
 def _output_size(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
     """Sizes of the convolution's result; padding is (top, left, bottom, right)."""
     spatial = [
-        (input.shape[2 + d] + padding[d] + padding[2 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1
+        (input.shape[2 + d] + padding[d] + padding[2 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d]
+        + 1
         for d in range(2)
     ]
     return [input.shape[0], weight.shape[0], *spatial]
@@ -231,9 +232,7 @@ def _gradients(
     pool_stride: Ints,
 ) -> list[Tensor | None]:
     mask = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
-    grads = conv2d_backward(
-        grad, input, weight, relu_output, code, *ctx.geometry, pool_kernel_size, pool_stride, mask
-    )
+    grads = conv2d_backward(grad, input, weight, relu_output, code, *ctx.geometry, pool_kernel_size, pool_stride, mask)
     return [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
 
 

@@ -1,0 +1,67 @@
+# Every target makes the environment in .venv first where it is not there yet, and builds the extension when it is out of
+# date. pip's own settings apply (PIP_INDEX_URL, ...): an index with CPU-only torch builds saves several GB.
+
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+CXX ?= g++
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python3.10,$(shell \
+	$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $p)))
+FREE_GB := 3
+# More arguments for pytest, the demo or the benchmarks: make test ARGS='-k relu'
+ARGS ?=
+
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+missing = { echo "fastnn: $(1)" >&2; exit 1; }
+
+.PHONY: help demo test lint bench clean
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.built  ## train on real images three ways (native, fastnn, converted) and compare; about 5 minutes
+	@$(BIN)/python examples/compare.py --epochs 2 $(ARGS)
+
+test: $(VENV)/.built  ## run the test suite
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.built  ## ruff, mypy and clang-format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+bench: $(VENV)/.built  ## run the benchmarks; ARGS=--help lists their options
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean:  ## remove what was built or written, but not .venv
+	rm -rf build dist *.egg-info fastnn/*.so demo-results $(VENV)/.built
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The environment: torch and what the build needs. Its checks come first, so that each says what is missing in one line.
+$(VENV)/.torch: Makefile
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || \
+		$(call missing,Python 3.10 or newer is needed: install it or name it with make PYTHON=/path/to/python3)
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		$(call missing,$(PYTHON) cannot make virtual environments: install its venv package (python3-venv))
+	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || \
+		$(call missing,the headers of $(PYTHON) are needed: install its development package (python3-dev))
+	@command -v $(CXX) >/dev/null || \
+		$(call missing,a C++17 compiler is needed: install g++ or name one with make CXX=/path/to/compiler)
+	@test $$(df -Pk . | awk 'NR == 2 { print int($$4 / 1024 / 1024) }') -ge $(FREE_GB) || \
+		$(call missing,$(FREE_GB) GB of free disk are needed in $(CURDIR))
+	@echo "fastnn: making $(VENV) with $(TORCH) (a large download, some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -qq --disable-pip-version-check "$(TORCH)" numpy "setuptools>=77" wheel pybind11 ninja
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(CPP)
+	@command -v $(CXX) >/dev/null || \
+		$(call missing,a C++17 compiler is needed: install g++ or name one with make CXX=/path/to/compiler)
+	@echo "fastnn: building the extension (some minutes)"
+	@CXX="$(CXX)" $(BIN)/pip install -qq --disable-pip-version-check --no-build-isolation -e ".[examples,test,lint]"
+	@touch $@

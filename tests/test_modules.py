@@ -1,0 +1,132 @@
+"""The modules against their torch counterparts: values and gradients, state_dict, repr, copies and pickles."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import nn as native
+
+import fastnn.nn as nn
+
+PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
+
+
+def pair(cls, *args, **kwargs):
+    """A fastnn module and the native modules that compute the same, on the same weights, in float64."""
+    ours = cls(*args, **kwargs).double()
+    pool = [native.MaxPool2d(kwargs.pop("pool_kernel_size", 2), kwargs.pop("pool_stride", None))]
+    conv = native.Conv2d(*args, **kwargs).double()
+    conv.load_state_dict(ours.state_dict())
+    after = {nn.Conv2d: [], nn.ConvReLU2d: [native.ReLU()], nn.ConvReLUMaxPool2d: [native.ReLU(), *pool]}[cls]
+    return ours, native.Sequential(conv, *after)
+
+
+def assert_same(ours, theirs, input):
+    inputs = [input.clone().requires_grad_() for _ in range(2)]
+    results = [module(x) for module, x in zip((ours, theirs), inputs, strict=True)]
+    torch.testing.assert_close(*results)
+    grad = torch.randn_like(results[0])
+    grads = [
+        torch.autograd.grad(result, [x, *module.parameters()], grad)
+        for result, module, x in zip(results, (ours, theirs), inputs, strict=True)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("cls", [nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d])
+@pytest.mark.parametrize("padding_mode", PADDING_MODES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_padding_modes(backend, cls, padding_mode, bias):
+    ours, theirs = pair(cls, 3, 4, 3, padding=(1, 2), bias=bias, padding_mode=padding_mode)
+    assert_same(ours, theirs, torch.randn(2, 3, 9, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cls", [nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"padding": "same"},
+        {"padding": "same", "padding_mode": "circular"},
+        {"padding": "valid"},
+        {"stride": 2, "padding": 1, "groups": 2},
+        {"stride": (1, 2), "dilation": (2, 1), "groups": 4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(2, 4, 11, 10), (4, 11, 10)], ids=["batched", "unbatched"])
+def test_arguments(backend, cls, kwargs, shape):
+    ours, theirs = pair(cls, 4, 8, 3, **kwargs)
+    assert_same(ours, theirs, torch.randn(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("kernel_size", "stride"), [(2, None), (3, 2), ((2, 3), (1, 2))])
+def test_pool_arguments(backend, kernel_size, stride):
+    ours, theirs = pair(nn.ConvReLUMaxPool2d, 2, 3, 3, pool_kernel_size=kernel_size, pool_stride=stride)
+    assert_same(ours, theirs, torch.randn(2, 2, 12, 11, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_relu(backend, inplace):
+    x = torch.tensor([-1.0, -0.0, 0.0, 2.0, float("nan"), float("inf"), -float("inf")])
+    ours, theirs = x.clone(), x.clone()
+    result = nn.ReLU(inplace)(ours)
+    torch.testing.assert_close(result, native.ReLU(inplace)(theirs), equal_nan=True)
+    assert (result is ours) == inplace
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert repr(nn.ReLU(inplace)) == repr(native.ReLU(inplace))
+
+
+@pytest.mark.parametrize("name", ["Conv2d", "ReLU"])
+def test_is_the_torch_class_with_its_signature(name):
+    ours, theirs = getattr(nn, name), getattr(native, name)
+    assert issubclass(ours, theirs)
+    assert inspect.signature(ours) == inspect.signature(theirs)
+
+
+@pytest.mark.parametrize("cls", [nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d])
+def test_copies_pickles_and_weights(cls):
+    module = cls(2, 3, 3, padding=1)
+    assert list(module.state_dict()) == ["weight", "bias"]
+    x = torch.randn(1, 2, 6, 6)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(other) is cls
+        assert repr(other) == repr(module)
+        assert torch.equal(other(x), module(x))
+    native.Conv2d(2, 3, 3, padding=1).load_state_dict(module.state_dict())
+
+
+def test_repr():
+    assert repr(nn.Conv2d(2, 3, 3)) == repr(native.Conv2d(2, 3, 3))
+    assert repr(nn.ConvReLU2d(2, 3, 3)) == "ConvReLU2d(2, 3, kernel_size=(3, 3), stride=(1, 1))"
+    assert repr(nn.ConvReLUMaxPool2d(2, 3, 3, pool_kernel_size=3)) == (
+        "ConvReLUMaxPool2d(2, 3, kernel_size=(3, 3), stride=(1, 1), pool_kernel_size=3, pool_stride=3)"
+    )
+
+
+@pytest.mark.parametrize("cls", [nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d])
+@pytest.mark.parametrize("kwargs", [{"groups": 2}, {"padding_mode": "other"}, {"padding": "other"}, {"groups": 0}])
+def test_wrong_arguments_raise_as_torch_does(cls, kwargs):
+    with pytest.raises(ValueError, match=r".") as theirs:
+        native.Conv2d(3, 4, 3, **kwargs)
+    with pytest.raises(ValueError, match=r".") as ours:
+        cls(3, 4, 3, **kwargs)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 8), (2, 3, 2, 2)])
+def test_wrong_inputs_raise_as_torch_does(shape):
+    with pytest.raises(RuntimeError) as theirs:
+        native.Conv2d(3, 4, 3)(torch.zeros(shape))
+    for cls in (nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d):
+        with pytest.raises(RuntimeError) as ours:
+            cls(3, 4, 3)(torch.zeros(shape))
+        assert str(ours.value) == str(theirs.value)
+
+
+def test_the_rest_is_torch_nn():
+    assert nn.Linear is native.Linear
+    assert nn.Module is native.Module
+    assert nn.utils is native.utils
+    assert nn.functional.conv2d is not native.functional.conv2d
