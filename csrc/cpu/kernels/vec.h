@@ -158,6 +158,22 @@ FASTNN_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 
+#if FASTNN_VECTOR_BYTES == 64
+FASTNN_INLINE FloatVec max(FloatVec a, FloatVec b) { return (FloatVec)_mm512_max_ps((__m512)a, (__m512)b); }
+FASTNN_INLINE DoubleVec max(DoubleVec a, DoubleVec b) { return (DoubleVec)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#elif FASTNN_VECTOR_BYTES == 32
+FASTNN_INLINE FloatVec max(FloatVec a, FloatVec b) { return (FloatVec)_mm256_max_ps((__m256)a, (__m256)b); }
+FASTNN_INLINE DoubleVec max(DoubleVec a, DoubleVec b) { return (DoubleVec)_mm256_max_pd((__m256d)a, (__m256d)b); }
+#endif
+
+// All ones in the first n (0 <= n <= lanes) lanes, zero in the others.
+template <class A>
+FASTNN_INLINE Mask<A> first_lanes(int n) {
+  Mask<A> lane = {};
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return lane < Mask<A>{} + n;
+}
+
 template <class A>
 FASTNN_INLINE A sum_lanes_impl(Vec<A> v) {
   // Pairwise halves: a fixed order.
@@ -205,28 +221,42 @@ FASTNN_INLINE DoubleVec sqrt(DoubleVec v) {
 #endif
 }
 
-// e^x to about 1 ulp for every float: Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, then a degree-6 polynomial.
-// Overflow gives inf, underflow 0 (through the subnormals: the scale is applied in two halves), NaN stays NaN.
-FASTNN_INLINE FloatVec exp(FloatVec x) {
-  const FloatVec clamped = min(max(x, splat(-104.0f)), splat(89.0f));
-  const float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
-  const FloatVec shifted = clamped * 0x1.715476p+0f + kRound;
-  const FloatVec n = shifted - kRound;
-  FloatVec r = n * -0x1.62e400p-1f + clamped;
+// e^x = e^r 2^n for -104 <= x <= 89: Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, then a degree-6 polynomial,
+// to about 1 ulp. n is left in the low mantissa bits of `shifted`, above those of kExpRound.
+constexpr float kExpRound = 0x1.8p23f;  // adding it rounds to an integer
+FASTNN_INLINE FloatVec exp_reduced(FloatVec x, FloatVec* shifted) {
+  *shifted = x * 0x1.715476p+0f + kExpRound;
+  const FloatVec n = *shifted - kExpRound;
+  FloatVec r = n * -0x1.62e400p-1f + x;
   r = n * -0x1.7f7d1cp-20f + r;
   FloatVec p = r * 0x1.6850e4p-10f + 0x1.123bccp-7f;
   p = p * r + 0x1.555b98p-5f;
   p = p * r + 0x1.55548ep-3f;
   p = p * r + 0x1.fffff8p-2f;
-  p = (p * r) * r + r + 1.0f;
-  const Int32Vec exponent = (Int32Vec)shifted - (Int32Vec)splat(kRound);
+  return (p * r) * r + r + 1.0f;
+}
+
+// e^x for every float. Overflow gives inf, underflow 0 (through the subnormals: the scale is applied in two halves),
+// NaN stays NaN.
+FASTNN_INLINE FloatVec exp(FloatVec x) {
+  FloatVec shifted;
+  const FloatVec p = exp_reduced(min(max(x, splat(-104.0f)), splat(89.0f)), &shifted);
+  const Int32Vec exponent = (Int32Vec)shifted - (Int32Vec)splat(kExpRound);
   const Int32Vec half = exponent >> 1;
   const FloatVec scale1 = (FloatVec)((half + 127) << 23);
   const FloatVec scale2 = (FloatVec)((exponent - half + 127) << 23);
   return (x == x) ? p * scale1 * scale2 : x;
+}
+// e^x for x <= 0 (softmax), a third cheaper: 0 where it would be subnormal, NaN stays NaN.
+FASTNN_INLINE FloatVec exp_nonpositive(FloatVec x) {
+  FloatVec shifted;
+  const FloatVec p = exp_reduced(x, &shifted);
+  const FloatVec scale = (FloatVec)(((UInt32Vec)shifted << 23) + (127u << 23));  // the shift drops kExpRound's own bits
+  return x < splat(-87.0f) ? FloatVec{} : p * scale;
 }
 // float64 is for checking gradients, not for speed: the C library's exp, lane by lane.
 FASTNN_INLINE DoubleVec exp(DoubleVec x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
+FASTNN_INLINE DoubleVec exp_nonpositive(DoubleVec x) { return exp(x); }
