@@ -5,6 +5,7 @@ from torch import nn as _native
 from torch.nn import *  # noqa: F403
 
 from fastnn.nn import functional as functional
+from fastnn.nn.loss import CrossEntropyLoss as CrossEntropyLoss
 
 
 def __getattr__(name: str) -> object:

@@ -191,11 +191,14 @@ FASTNN_INLINE double sum_lanes(DoubleVec v) { return sum_lanes_impl<double>(v); 
 
 template <class A>
 FASTNN_INLINE A max_lanes_impl(Vec<A> v) {
-  A lanes[kLanes<A>];
-  __builtin_memcpy(lanes, &v, sizeof v);
-  A best = lanes[0];
-  for (int i = 1; i < kLanes<A>; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
+#pragma GCC unroll 4
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+    Mask<A> other{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) other[i] = i ^ half;
+    v = max(v, Vec<A>(__builtin_shuffle(v, other)));
+  }
+  return v[0];
 }
 FASTNN_INLINE float max_lanes(FloatVec v) { return max_lanes_impl<float>(v); }
 FASTNN_INLINE double max_lanes(DoubleVec v) { return max_lanes_impl<double>(v); }
