@@ -33,6 +33,29 @@ std::vector<int64_t> loss_shape(const Tensor& input) {
   return shape;
 }
 
+// fill_ of a single element, without the cost of calling an operator.
+void write_scalar(const Tensor& tensor, double value) {
+  void* data = tensor.data_ptr();
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      *static_cast<double*>(data) = value;
+      break;
+    case ScalarType::Float:
+      *static_cast<float*>(data) = float(value);
+      break;
+    case ScalarType::BFloat16:
+      *static_cast<bf16*>(data) = from_accumulator<bf16>(float(value));
+      break;
+    default:
+      *static_cast<f16*>(data) = from_accumulator<f16>(float(value));
+  }
+}
+
+Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
+  const Tensor cast = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+  return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
+}
+
 // ---- layouts ----
 
 enum class Layout { kRows, kColumns };
@@ -116,9 +139,7 @@ Call make_call(const char* op, const Tensor& input, const Tensor& target, const 
   if (indexed) {
     STD_TORCH_CHECK(target.numel() == args.rows, op, ": target has shape ", shape_string(target), ", expected ",
                     args.rows, " class indices for input ", shape_string(input));
-    call.index = torch::stable::contiguous(target_dtype == ScalarType::Long
-                                               ? target
-                                               : torch::stable::to(target, ScalarType::Long));
+    call.index = contiguous_as(target, ScalarType::Long);
     args.index = static_cast<const int64_t*>(call.index.data_ptr());
   } else {
     check_same_dtype(target, input, op, "target");
@@ -130,7 +151,7 @@ Call make_call(const char* op, const Tensor& input, const Tensor& target, const 
     check_same_dtype(*weight, input, op, "weight");
     STD_TORCH_CHECK(weight->dim() == 1 && weight->numel() == args.classes, op, ": weight has shape ",
                     shape_string(*weight), ", expected [", args.classes, "]");
-    call.weight = torch::stable::contiguous(torch::stable::to(*weight, accumulator));
+    call.weight = contiguous_as(*weight, accumulator);
   } else if (args.target != kIndex) {
     call.weight = torch::stable::new_empty(input, {args.classes}, accumulator);
     torch::stable::fill_(call.weight, 1);
@@ -141,9 +162,9 @@ Call make_call(const char* op, const Tensor& input, const Tensor& target, const 
 
 void finish_layout(Call& call) {
   choose_layout(call);
-  call.args.inner = call.layout == Layout::kRows          ? 1
-                    : call.logits.dim() == 2 ? call.args.rows
-                                             : call.args.rows / call.logits.size(0);
+  call.args.inner = call.layout == Layout::kRows ? 1
+                    : call.logits.dim() == 2     ? call.args.rows
+                                                 : call.args.rows / call.logits.size(0);
 }
 
 // sum(begin, end) over all rows, in chunks that do not depend on the number of threads.
@@ -210,19 +231,21 @@ void run_forward(const Call& call, DType dtype) {
   const auto& args = call.args;
   const auto& kernels = cross_entropy_kernels();
   const int64_t blocks = ceil_div(args.classes, kCrossEntropyBlock);
-  if (args.rows == 0) return;
   if (call.layout == Layout::kColumns) {
     const auto kernel = kernels.forward_columns[dtype][args.target];
     const int64_t tile = std::min(args.inner, kCrossEntropyTile);
     torch::stable::parallel_for(0, tiles_of(args), grain(tile * args.classes),
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  } else if (args.classes <= kCrossEntropyNarrow) {
+    const auto kernel = kernels.forward_narrow_rows[dtype][args.target];
+    torch::stable::parallel_for(0, args.rows, grain(args.classes),
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   } else if (blocks > 1 && args.rows < 8 * int64_t(torch::stable::get_num_threads())) {
     const Tensor partials =
         torch::stable::new_empty(call.logits, {args.rows * blocks * 4}, accumulator_dtype(call.logits));
     const auto kernel = kernels.forward_blocks[dtype][args.target];
-    torch::stable::parallel_for(0, args.rows * blocks, grain(kCrossEntropyBlock), [&](int64_t begin, int64_t end) {
-      kernel(args, partials.data_ptr(), begin, end);
-    });
+    torch::stable::parallel_for(0, args.rows * blocks, grain(kCrossEntropyBlock),
+                                [&](int64_t begin, int64_t end) { kernel(args, partials.data_ptr(), begin, end); });
     kernels.forward_merge[dtype][args.target](args, partials.data_ptr(), 0, args.rows);
   } else {
     const auto kernel = kernels.forward_rows[dtype][args.target];
@@ -237,26 +260,28 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
   auto& args = call.args;
   const ScalarType accumulator = accumulator_dtype(input);
   const double total = checked_total_weight(call, accumulator);
-  Tensor total_weight = torch::stable::new_empty(input, {}, accumulator);
-  torch::stable::fill_(total_weight, total);
+  const Tensor total_weight = torch::stable::new_empty(input, {}, accumulator);
+  write_scalar(total_weight, total);
   const Tensor row_stats = torch::stable::new_empty(input, {3, args.rows}, accumulator);
   const Tensor losses = torch::stable::new_empty(input, loss_shape(input), accumulator);
   args.row_stats = row_stats.data_ptr();
   args.loss = losses.data_ptr();
-  finish_layout(call);
-  run_forward(call, dtype_of(input, "cross_entropy", "input"));
+  if (args.rows > 0) {
+    finish_layout(call);
+    run_forward(call, dtype_of(input, "cross_entropy", "input"));
+  }
 
-  if (reduction == kNone) return {torch::stable::to(losses, input.scalar_type()), row_stats, total_weight};
+  if (reduction == kNone) return {contiguous_as(losses, input.scalar_type()), row_stats, total_weight};
   const double sum = accumulator == ScalarType::Double ? sum_losses<double>(args) : sum_losses<float>(args);
-  Tensor output = torch::stable::new_empty(input, {});
-  torch::stable::fill_(output, reduction == kMean ? sum / total : sum);
+  const Tensor output = torch::stable::new_empty(input, {});
+  write_scalar(output, reduction == kMean ? sum / total : sum);
   return {output, row_stats, total_weight};
 }
 
 // Gradient of every row's loss (reduction 'none'), or the one they share, in the accumulation dtype.
 Tensor gradient_of_rows(const Tensor& grad_output, const Tensor& total_weight, int64_t reduction,
                         ScalarType accumulator) {
-  const Tensor grad = torch::stable::contiguous(torch::stable::to(grad_output, accumulator));
+  const Tensor grad = contiguous_as(grad_output, accumulator);
   if (reduction != kMean) return grad;
   Tensor divided = torch::stable::empty_like(grad);
   if (accumulator == ScalarType::Double)
@@ -282,7 +307,7 @@ Tensor cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, s
                   ": row_stats is not what cross_entropy returned");
   STD_TORCH_CHECK(total_weight.numel() == 1 && total_weight.scalar_type() == accumulator, op,
                   ": total_weight is not what cross_entropy returned");
-  const Tensor stats = torch::stable::contiguous(row_stats);
+  const Tensor stats = contiguous_as(row_stats, accumulator);
   const Tensor grad_rows = gradient_of_rows(grad_output, total_weight, reduction, accumulator);
   args.row_stats = stats.data_ptr();
   args.grad_rows = grad_rows.data_ptr();
@@ -298,6 +323,10 @@ Tensor cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, s
     const auto kernel = kernels.backward_columns[dtype][args.target];
     const int64_t tile = std::min(args.inner, kCrossEntropyTile);
     torch::stable::parallel_for(0, tiles_of(args), grain(tile * args.classes),
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  } else if (args.classes <= kCrossEntropyNarrow) {
+    const auto kernel = kernels.backward_narrow_rows[dtype][args.target];
+    torch::stable::parallel_for(0, args.rows, grain(args.classes),
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   } else {
     const auto kernel = kernels.backward_rows[dtype][args.target];

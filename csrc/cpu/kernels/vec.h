@@ -16,16 +16,20 @@ template <>
 struct VecOf<float> {
   using type = FloatVec;
   using mask = Int32Vec;
+  using mask_lane = int32_t;
 };
 template <>
 struct VecOf<double> {
   using type = DoubleVec;
   using mask = Int64Vec;
+  using mask_lane = int64_t;
 };
 template <class A>
 using Vec = typename VecOf<A>::type;
 template <class A>
 using Mask = typename VecOf<A>::mask;
+template <class A>
+using MaskLane = typename VecOf<A>::mask_lane;
 
 // Lanes of a vector of accumulators A.
 template <class A>
@@ -49,9 +53,15 @@ FASTNN_INLINE DoubleVec load(const double* p) {
   return v;
 }
 FASTNN_INLINE FloatVec load(const bf16* p) {
+#if FASTNN_VECTOR_BYTES == 64
+  return (FloatVec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif FASTNN_VECTOR_BYTES == 32
+  return (FloatVec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   HalfBitsVec bits;
   __builtin_memcpy(&bits, p, sizeof bits);
   return (FloatVec)(__builtin_convertvector(bits, UInt32Vec) << 16);
+#endif
 }
 FASTNN_INLINE FloatVec load(const f16* p) {
 #if FASTNN_VECTOR_BYTES == 64
@@ -71,8 +81,14 @@ FASTNN_INLINE void store(bf16* p, FloatVec v) {
   const UInt32Vec bits = (UInt32Vec)v;
   const UInt32Vec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const UInt32Vec nan = bits >> 16 | 0x40;
-  const HalfBitsVec half = __builtin_convertvector((v == v) ? rounded : nan, HalfBitsVec);
+  const UInt32Vec word = (v == v) ? rounded : nan;
+#if FASTNN_VECTOR_BYTES == 32
+  _mm_storeu_si128((__m128i*)p,
+                   _mm_packus_epi32(_mm256_castsi256_si128((__m256i)word), _mm256_extracti128_si256((__m256i)word, 1)));
+#else
+  const HalfBitsVec half = __builtin_convertvector(word, HalfBitsVec);
   __builtin_memcpy(p, &half, sizeof half);
+#endif
 }
 FASTNN_INLINE void store(f16* p, FloatVec v) {
 #if FASTNN_VECTOR_BYTES == 64
@@ -224,12 +240,12 @@ FASTNN_INLINE DoubleVec sqrt(DoubleVec v) {
 #endif
 }
 
-// e^x = e^r 2^n for -104 <= x <= 89: Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, then a degree-6 polynomial,
-// to about 1 ulp. n is left in the low mantissa bits of `shifted`, above those of kExpRound.
-constexpr float kExpRound = 0x1.8p23f;  // adding it rounds to an integer
-FASTNN_INLINE FloatVec exp_reduced(FloatVec x, FloatVec* shifted) {
-  *shifted = x * 0x1.715476p+0f + kExpRound;
-  const FloatVec n = *shifted - kExpRound;
+// e^r, where x = n ln2 + r with integer n and |r| <= ln2/2 (Cody-Waite reduction), by a degree-6 polynomial; e^x is
+// that times 2^n, to about 1 ulp. `round` is 0x1.8p23 plus any small integer: adding it rounds to integers, and leaves
+// n plus that integer in the low bits of `shifted`.
+FASTNN_INLINE FloatVec exp_reduced(FloatVec x, float round, FloatVec* shifted) {
+  *shifted = x * 0x1.715476p+0f + round;
+  const FloatVec n = *shifted - round;
   FloatVec r = n * -0x1.62e400p-1f + x;
   r = n * -0x1.7f7d1cp-20f + r;
   FloatVec p = r * 0x1.6850e4p-10f + 0x1.123bccp-7f;
@@ -243,8 +259,8 @@ FASTNN_INLINE FloatVec exp_reduced(FloatVec x, FloatVec* shifted) {
 // NaN stays NaN.
 FASTNN_INLINE FloatVec exp(FloatVec x) {
   FloatVec shifted;
-  const FloatVec p = exp_reduced(min(max(x, splat(-104.0f)), splat(89.0f)), &shifted);
-  const Int32Vec exponent = (Int32Vec)shifted - (Int32Vec)splat(kExpRound);
+  const FloatVec p = exp_reduced(min(max(x, splat(-104.0f)), splat(89.0f)), 0x1.8p23f, &shifted);
+  const Int32Vec exponent = (Int32Vec)shifted - (Int32Vec)splat(0x1.8p23f);
   const Int32Vec half = exponent >> 1;
   const FloatVec scale1 = (FloatVec)((half + 127) << 23);
   const FloatVec scale2 = (FloatVec)((exponent - half + 127) << 23);
@@ -253,8 +269,8 @@ FASTNN_INLINE FloatVec exp(FloatVec x) {
 // e^x for x <= 0 (softmax), a third cheaper: 0 where it would be subnormal, NaN stays NaN.
 FASTNN_INLINE FloatVec exp_nonpositive(FloatVec x) {
   FloatVec shifted;
-  const FloatVec p = exp_reduced(x, &shifted);
-  const FloatVec scale = (FloatVec)(((UInt32Vec)shifted << 23) + (127u << 23));  // the shift drops kExpRound's own bits
+  const FloatVec p = exp_reduced(x, 0x1.8p23f + 127, &shifted);
+  const FloatVec scale = (FloatVec)((UInt32Vec)shifted << 23);
   return x < splat(-87.0f) ? FloatVec{} : p * scale;
 }
 // float64 is for checking gradients, not for speed: the C library's exp, lane by lane.
@@ -263,3 +279,28 @@ FASTNN_INLINE DoubleVec exp(DoubleVec x) {
   return x;
 }
 FASTNN_INLINE DoubleVec exp_nonpositive(DoubleVec x) { return exp(x); }
+
+// log x to about 1 ulp for normal x; inf and NaN stay, negative x gives NaN, and so does 0 and every subnormal:
+// softmax's sums are at least 1. x = 2^n m with m in [sqrt(1/2), sqrt(2)), log m by a degree-9 polynomial.
+FASTNN_INLINE FloatVec log(FloatVec x) {
+  const Int32Vec bits = (Int32Vec)x - 0x3f3504f3;  // of sqrt(1/2)
+  const FloatVec n = __builtin_convertvector(bits >> 23, FloatVec);
+  const FloatVec m = (FloatVec)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  FloatVec p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const FloatVec square = m * m;
+  p = (p * m) * square + n * -2.12194440e-4f;
+  p = m + (p - square * 0.5f) + n * 0.693359375f;
+  const FloatVec infinity = splat(__builtin_inff());
+  return x < infinity ? (x >= splat(0x1p-126f) ? p : splat(__builtin_nanf(""))) : x;
+}
+FASTNN_INLINE DoubleVec log(DoubleVec x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
