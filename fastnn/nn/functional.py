@@ -193,28 +193,23 @@ def _cross_entropy_covers(
     if not use_kernels("cross_entropy", input, weight, target if probabilities else None):
         return False
     shape = input.shape
-    if probabilities:
-        fits = target.shape == shape and len(shape) > 0 and ignore_index < 0
-    else:
-        # uint8 is what native torch takes in only some of its paths.
-        indices = target.dtype is torch.int64 or (
-            target.dtype is torch.uint8 and len(shape) <= 2 and not (weight is not None and label_smoothing > 0)
-        )
-        fits = (
-            indices
-            and type(target) is Tensor
-            and target.device.type == "cpu"
-            and target.layout is torch.strided
-            and len(shape) > 0
-            and target.shape == (shape[:1] + shape[2:] if len(shape) > 1 else ())
-        )
+    classes = shape[min(1, len(shape) - 1)] if len(shape) > 0 else 0
+    fits = classes > 0 and isinstance(ignore_index, int) and isinstance(label_smoothing, (int, float))
+    fits = fits and label_smoothing <= 1
     if weight is not None:
-        fits = fits and weight.dim() == 1 and weight.shape[0] == shape[min(1, len(shape) - 1)]
-        fits = fits and not (weight.requires_grad and torch.is_grad_enabled())
-    if not fits or label_smoothing > 1 or shape[min(1, len(shape) - 1)] == 0:
+        fits = fits and weight.shape == (classes,) and not (weight.requires_grad and torch.is_grad_enabled())
+    if probabilities:
+        fits = fits and target.shape == shape and ignore_index < 0
+    else:
+        fits = fits and target.shape == (shape[:1] + shape[2:] if len(shape) > 1 else ())
+        fits = fits and type(target) is Tensor and target.device.type == "cpu" and target.layout is torch.strided
+        if target.dtype is torch.uint8:  # native torch takes it in only some of its paths
+            fits = fits and len(shape) <= 2 and not (weight is not None and label_smoothing > 0)
+        else:
+            fits = fits and target.dtype is torch.int64
+    if not fits:
         log_once("cross_entropy", "the kernels do not take these arguments")
-        return False
-    return True
+    return fits
 
 
 def cross_entropy(
@@ -229,14 +224,14 @@ def cross_entropy(
 ) -> Tensor:
     """Cross-entropy between logits and a target. As :func:`torch.nn.functional.cross_entropy`.
 
-    One pass over the logits, keeping three values a row for backward, which writes the gradient straight from the logits.
+    One pass over the logits, keeping three values a row; backward writes the gradient straight from the logits.
     The gradient of an ignored row is 0 whatever its logits (native torch makes NaN of infinities there).
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ..), any strides; float64, float32, bfloat16 or float16 on fastnn's
             kernels, others natively.
-        target: class indices, shaped like ``input`` without C, int64 (or uint8 for at most two dimensions of ``input``);
-            or class probabilities, of the shape and dtype of ``input``.
+        target: class indices, shaped like ``input`` without C, int64 (or uint8 where ``input`` is (C,) or (N, C)); or class
+            probabilities, of the shape and dtype of ``input``.
         weight: a weight a class, (C,).
         size_average, reduce: deprecated; see ``reduction``.
         ignore_index: the class index of targets that do not count.

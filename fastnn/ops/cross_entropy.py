@@ -48,17 +48,20 @@ class CrossEntropyBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_output, input, target, weight = ctx.saved_tensors
+        *differentiable_inputs, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Aliases, so that an argument given twice still gets two gradients.
-            wanted = [t.view_as(t) if needed else t for t, needed in zip((grad_output, input, target), ctx.needs_input_grad)]
-            x = wanted[1] if ctx.needs_input_grad[1] else input.detach().requires_grad_()
-            loss = torch._C._nn.cross_entropy_loss(x, wanted[2], weight, *ctx.options)
-            (grad_input,) = torch.autograd.grad(loss, x, wanted[0], create_graph=True)
-        by = [t for t, needed in zip(wanted, ctx.needs_input_grad) if needed]
-        found = iter(torch.autograd.grad(grad_input, by, grad, create_graph=create_graph, allow_unused=True))
-        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), *[None] * 6
+            grad_output, input, target = aliases = [
+                t.view_as(t) if n else t for t, n in zip(differentiable_inputs, needed, strict=True)
+            ]
+            x = input if input.requires_grad else input.detach().requires_grad_()
+            loss = torch._C._nn.cross_entropy_loss(x, target, weight, *ctx.options)
+            (grad_input,) = torch.autograd.grad(loss, x, grad_output, create_graph=True)
+        wanted = [t for t, n in zip(aliases, needed, strict=True) if n]
+        found = iter(torch.autograd.grad(grad_input, wanted, grad, create_graph=create_graph, allow_unused=True))
+        return *(next(found) if n else None for n in needed), *[None] * 6
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -79,7 +82,7 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 6
-        input, target, weight, row_stats, total_weight = ctx.saved_tensors
+        input, _, weight, _, total_weight = ctx.saved_tensors
         grad_input = grad_target = None
         if ctx.needs_input_grad[0]:
             grad_input = cross_entropy_backward(grad_output, *ctx.saved_tensors, *ctx.options)

@@ -44,7 +44,7 @@ struct CrossEntropyArgs {
 
 // A row of many classes is worked on in blocks of this many: small enough to be read twice with the second time from
 // L1 or L2, and a unit of work for when there are fewer rows than threads.
-constexpr int64_t kCrossEntropyBlock = 8192;
+constexpr int64_t kCrossEntropyBlock = 4096;
 // Rows worked on side by side: positions of the columns layout, or whole rows of at most kCrossEntropyNarrow classes.
 constexpr int64_t kCrossEntropyTile = 256;
 constexpr int64_t kCrossEntropyNarrow = 32;

@@ -14,7 +14,7 @@
 // Only e^(x - m) <= 1 is ever formed, and in A, as is A e^(x - m) / S - a_c: that, not the softmax, is rounded to T.
 
 constexpr int kUnroll = 4;                                 // vectors in flight: e^x is one long dependency chain
-constexpr int64_t kClassBlock = kCrossEntropyBlock / 128;  // classes of a tile worked on at a time
+constexpr int64_t kClassBlock = 64;  // classes of a tile worked on at a time
 
 template <class A>
 constexpr A kInfinity = A(__builtin_inf());
