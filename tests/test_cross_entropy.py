@@ -71,7 +71,7 @@ def assert_no_worse(reference, theirs, ours, terms=0.0):
     reference, theirs, ours = (t.double()[finite] for t in (reference, theirs, ours))
     if reference.numel() > 0:
         native_error = float((theirs - reference).nan_to_num(0, 0, 0).abs().max())
-        accumulator = torch.finfo(torch.float64 if ours.dtype == torch.float64 else torch.float32)
+        accumulator = torch.finfo(torch.float64 if info.eps < 1e-12 else torch.float32)
         largest = max(float(reference.abs().max()), terms)
         rounding = (info.eps + 64 * accumulator.eps) * largest + info.smallest_normal
         assert float((ours - reference).abs().max()) <= max(native_error, rounding)

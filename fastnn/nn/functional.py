@@ -230,8 +230,8 @@ def cross_entropy(
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ..), any strides; float64, float32, bfloat16 or float16 on fastnn's
             kernels, others natively.
-        target: class indices, shaped like ``input`` without C, int64 (or uint8 where ``input`` is (C,) or (N, C)); or class
-            probabilities, of the shape and dtype of ``input``.
+        target: class indices, shaped like ``input`` without C, int64 (or uint8 where ``input`` is (C,) or (N, C));
+            or class probabilities, of the shape and dtype of ``input``.
         weight: a weight a class, (C,).
         size_average, reduce: deprecated; see ``reduction``.
         ignore_index: the class index of targets that do not count.

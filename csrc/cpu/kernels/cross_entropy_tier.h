@@ -13,7 +13,7 @@
 // logit one e^x, about 14 vector operations: at the limit of memory from two or so AVX2 cores up.
 // Only e^(x - m) <= 1 is ever formed, and in A, as is A e^(x - m) / S - a_c: that, not the softmax, is rounded to T.
 
-constexpr int kUnroll = 4;                                 // vectors in flight: e^x is one long dependency chain
+constexpr int kUnroll = 4;           // vectors in flight: e^x is one long dependency chain
 constexpr int64_t kClassBlock = 64;  // classes of a tile worked on at a time
 
 template <class A>
