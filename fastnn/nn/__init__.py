@@ -6,6 +6,7 @@ from torch.nn import *  # noqa: F403
 
 # Not `from fastnn.nn import functional`: that would find torch's, which the line above brought in.
 import fastnn.nn.functional as functional  # type: ignore[no-redef]  # noqa: F401
+from fastnn.nn.loss import CrossEntropyLoss as CrossEntropyLoss
 from fastnn.nn.modules import Conv2d as Conv2d
 from fastnn.nn.modules import ConvReLU2d as ConvReLU2d
 from fastnn.nn.modules import ConvReLUMaxPool2d as ConvReLUMaxPool2d

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import _reduction as _Reduction
 from torch.nn import functional as native
 from torch.nn.functional import *  # noqa: F403
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -183,3 +185,81 @@ def conv2d_relu_max_pool2d(
             return output if input.dim() == 4 else output.squeeze(0)
     result = native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))  # type: ignore[arg-type]
     return native.max_pool2d(result, pool_kernel_size, pool_stride)
+
+
+def _cross_entropy_covers(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> bool:
+    """Whether the kernels take these arguments; whatever native torch refuses, they do not."""
+    if not isinstance(target, Tensor):
+        return use_kernels("cross_entropy", input, target)
+    probabilities = target.is_floating_point()
+    if not use_kernels("cross_entropy", input, weight, target if probabilities else None):
+        return False
+    shape = input.shape
+    classes = shape[min(1, len(shape) - 1)] if len(shape) > 0 else 0
+    fits = classes > 0 and isinstance(ignore_index, int) and isinstance(label_smoothing, (int, float))
+    fits = fits and label_smoothing <= 1
+    if weight is not None:
+        fits = fits and weight.shape == (classes,) and not (weight.requires_grad and torch.is_grad_enabled())
+    if probabilities:
+        fits = fits and target.shape == shape and ignore_index < 0
+    else:
+        fits = fits and target.shape == (shape[:1] + shape[2:] if len(shape) > 1 else ())
+        fits = fits and type(target) is Tensor and target.device.type == "cpu" and target.layout is torch.strided
+        if target.dtype is torch.uint8:  # native torch takes it in only some of its paths
+            fits = fits and len(shape) <= 2 and not (weight is not None and label_smoothing > 0)
+        else:
+            fits = fits and target.dtype is torch.int64
+    if not fits:
+        log_once("cross_entropy", "the kernels do not take these arguments")
+    return fits
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy between logits and a target. As :func:`torch.nn.functional.cross_entropy`.
+
+    One pass over the logits, keeping three values a row; backward writes the gradient straight from the logits.
+    The gradient of an ignored row is 0 whatever its logits (native torch makes NaN of infinities there).
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ..), any strides; float64, float32, bfloat16 or float16 on fastnn's
+            kernels, others natively.
+        target: class indices, shaped like ``input`` without C, int64 (or uint8 where ``input`` is (C,) or (N, C));
+            or class probabilities, of the shape and dtype of ``input``.
+        weight: a weight a class, (C,).
+        size_average, reduce: deprecated; see ``reduction``.
+        ignore_index: the class index of targets that do not count.
+        reduction: ``'none'``, ``'mean'`` (over the weights of the targets that count; over N for probabilities) or
+            ``'sum'``.
+        label_smoothing: the share, in [0, 1], of the target that is spread evenly over all classes.
+
+    Raises:
+        IndexError: a class index is out of range.
+        RuntimeError, ValueError: as native torch, in its words.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        input, target, weight = map(_autocast_to_float32, (input, target, weight))
+    if not _cross_entropy_covers(input, target, weight, ignore_index, label_smoothing):
+        return native.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    options = (_Reduction.get_enum(reduction), ignore_index, label_smoothing)
+    return _ops.cross_entropy.cross_entropy(input, target, weight, *options)[0]
+
+
+def _autocast_to_float32(value: Any) -> Any:
+    """What CPU autocast does to an argument of cross_entropy."""
+    lower = isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
+    return value.float() if lower else value

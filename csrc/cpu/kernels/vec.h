@@ -16,16 +16,20 @@ template <>
 struct VecOf<float> {
   using type = FloatVec;
   using mask = Int32Vec;
+  using mask_lane = int32_t;
 };
 template <>
 struct VecOf<double> {
   using type = DoubleVec;
   using mask = Int64Vec;
+  using mask_lane = int64_t;
 };
 template <class A>
 using Vec = typename VecOf<A>::type;
 template <class A>
 using Mask = typename VecOf<A>::mask;
+template <class A>
+using MaskLane = typename VecOf<A>::mask_lane;
 
 // Lanes of a vector of accumulators A.
 template <class A>
@@ -49,9 +53,15 @@ FASTNN_INLINE DoubleVec load(const double* p) {
   return v;
 }
 FASTNN_INLINE FloatVec load(const bf16* p) {
+#if FASTNN_VECTOR_BYTES == 64
+  return (FloatVec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif FASTNN_VECTOR_BYTES == 32
+  return (FloatVec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   HalfBitsVec bits;
   __builtin_memcpy(&bits, p, sizeof bits);
   return (FloatVec)(__builtin_convertvector(bits, UInt32Vec) << 16);
+#endif
 }
 FASTNN_INLINE FloatVec load(const f16* p) {
 #if FASTNN_VECTOR_BYTES == 64
@@ -71,8 +81,14 @@ FASTNN_INLINE void store(bf16* p, FloatVec v) {
   const UInt32Vec bits = (UInt32Vec)v;
   const UInt32Vec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const UInt32Vec nan = bits >> 16 | 0x40;
-  const HalfBitsVec half = __builtin_convertvector((v == v) ? rounded : nan, HalfBitsVec);
+  const UInt32Vec word = (v == v) ? rounded : nan;
+#if FASTNN_VECTOR_BYTES == 32
+  _mm_storeu_si128((__m128i*)p,
+                   _mm_packus_epi32(_mm256_castsi256_si128((__m256i)word), _mm256_extracti128_si256((__m256i)word, 1)));
+#else
+  const HalfBitsVec half = __builtin_convertvector(word, HalfBitsVec);
   __builtin_memcpy(p, &half, sizeof half);
+#endif
 }
 FASTNN_INLINE void store(f16* p, FloatVec v) {
 #if FASTNN_VECTOR_BYTES == 64
@@ -158,6 +174,22 @@ FASTNN_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 
+#if FASTNN_VECTOR_BYTES == 64
+FASTNN_INLINE FloatVec max(FloatVec a, FloatVec b) { return (FloatVec)_mm512_max_ps((__m512)a, (__m512)b); }
+FASTNN_INLINE DoubleVec max(DoubleVec a, DoubleVec b) { return (DoubleVec)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#elif FASTNN_VECTOR_BYTES == 32
+FASTNN_INLINE FloatVec max(FloatVec a, FloatVec b) { return (FloatVec)_mm256_max_ps((__m256)a, (__m256)b); }
+FASTNN_INLINE DoubleVec max(DoubleVec a, DoubleVec b) { return (DoubleVec)_mm256_max_pd((__m256d)a, (__m256d)b); }
+#endif
+
+// All ones in the first n (0 <= n <= lanes) lanes, zero in the others.
+template <class A>
+FASTNN_INLINE Mask<A> first_lanes(int n) {
+  Mask<A> lane = {};
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return lane < Mask<A>{} + n;
+}
+
 template <class A>
 FASTNN_INLINE A sum_lanes_impl(Vec<A> v) {
   // Pairwise halves: a fixed order.
@@ -175,11 +207,14 @@ FASTNN_INLINE double sum_lanes(DoubleVec v) { return sum_lanes_impl<double>(v); 
 
 template <class A>
 FASTNN_INLINE A max_lanes_impl(Vec<A> v) {
-  A lanes[kLanes<A>];
-  __builtin_memcpy(lanes, &v, sizeof v);
-  A best = lanes[0];
-  for (int i = 1; i < kLanes<A>; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
+#pragma GCC unroll 4
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+    Mask<A> other{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) other[i] = i ^ half;
+    v = max(v, Vec<A>(__builtin_shuffle(v, other)));
+  }
+  return v[0];
 }
 FASTNN_INLINE float max_lanes(FloatVec v) { return max_lanes_impl<float>(v); }
 FASTNN_INLINE double max_lanes(DoubleVec v) { return max_lanes_impl<double>(v); }
@@ -205,28 +240,67 @@ FASTNN_INLINE DoubleVec sqrt(DoubleVec v) {
 #endif
 }
 
-// e^x to about 1 ulp for every float: Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, then a degree-6 polynomial.
-// Overflow gives inf, underflow 0 (through the subnormals: the scale is applied in two halves), NaN stays NaN.
-FASTNN_INLINE FloatVec exp(FloatVec x) {
-  const FloatVec clamped = min(max(x, splat(-104.0f)), splat(89.0f));
-  const float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
-  const FloatVec shifted = clamped * 0x1.715476p+0f + kRound;
-  const FloatVec n = shifted - kRound;
-  FloatVec r = n * -0x1.62e400p-1f + clamped;
+// e^r, where x = n ln2 + r with integer n and |r| <= ln2/2 (Cody-Waite reduction), by a degree-6 polynomial; e^x is
+// that times 2^n, to about 1 ulp. `round` is 0x1.8p23 plus any small integer: adding it rounds to integers, and leaves
+// n plus that integer in the low bits of `shifted`.
+FASTNN_INLINE FloatVec exp_reduced(FloatVec x, float round, FloatVec* shifted) {
+  *shifted = x * 0x1.715476p+0f + round;
+  const FloatVec n = *shifted - round;
+  FloatVec r = n * -0x1.62e400p-1f + x;
   r = n * -0x1.7f7d1cp-20f + r;
   FloatVec p = r * 0x1.6850e4p-10f + 0x1.123bccp-7f;
   p = p * r + 0x1.555b98p-5f;
   p = p * r + 0x1.55548ep-3f;
   p = p * r + 0x1.fffff8p-2f;
-  p = (p * r) * r + r + 1.0f;
-  const Int32Vec exponent = (Int32Vec)shifted - (Int32Vec)splat(kRound);
+  return (p * r) * r + r + 1.0f;
+}
+
+// e^x for every float. Overflow gives inf, underflow 0 (through the subnormals: the scale is applied in two halves),
+// NaN stays NaN.
+FASTNN_INLINE FloatVec exp(FloatVec x) {
+  FloatVec shifted;
+  const FloatVec p = exp_reduced(min(max(x, splat(-104.0f)), splat(89.0f)), 0x1.8p23f, &shifted);
+  const Int32Vec exponent = (Int32Vec)shifted - (Int32Vec)splat(0x1.8p23f);
   const Int32Vec half = exponent >> 1;
   const FloatVec scale1 = (FloatVec)((half + 127) << 23);
   const FloatVec scale2 = (FloatVec)((exponent - half + 127) << 23);
   return (x == x) ? p * scale1 * scale2 : x;
 }
+// e^x for x <= 0 (softmax), a third cheaper: 0 where it would be subnormal, NaN stays NaN.
+FASTNN_INLINE FloatVec exp_nonpositive(FloatVec x) {
+  FloatVec shifted;
+  const FloatVec p = exp_reduced(x, 0x1.8p23f + 127, &shifted);
+  const FloatVec scale = (FloatVec)((UInt32Vec)shifted << 23);
+  return x < splat(-87.0f) ? FloatVec{} : p * scale;
+}
 // float64 is for checking gradients, not for speed: the C library's exp, lane by lane.
 FASTNN_INLINE DoubleVec exp(DoubleVec x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+FASTNN_INLINE DoubleVec exp_nonpositive(DoubleVec x) { return exp(x); }
+
+// log x to about 1 ulp for normal x; inf and NaN stay, negative x gives NaN, and so does 0 and every subnormal:
+// softmax's sums are at least 1. x = 2^n m with m in [sqrt(1/2), sqrt(2)), log m by a degree-9 polynomial.
+FASTNN_INLINE FloatVec log(FloatVec x) {
+  const Int32Vec bits = (Int32Vec)x - 0x3f3504f3;  // of sqrt(1/2)
+  const FloatVec n = __builtin_convertvector(bits >> 23, FloatVec);
+  const FloatVec m = (FloatVec)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  FloatVec p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const FloatVec square = m * m;
+  p = (p * m) * square + n * -2.12194440e-4f;
+  p = m + (p - square * 0.5f) + n * 0.693359375f;
+  const FloatVec infinity = splat(__builtin_inff());
+  return x < infinity ? (x >= splat(0x1p-126f) ? p : splat(__builtin_nanf(""))) : x;
+}
+FASTNN_INLINE DoubleVec log(DoubleVec x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
   return x;
 }

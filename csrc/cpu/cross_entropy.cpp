@@ -1,0 +1,348 @@
+// Glue of fastnn::cross_entropy and cross_entropy_backward on the CPU.
+#include "cpu/kernels/cross_entropy.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <tuple>
+
+#include "common/check.h"
+#include "cpu/memory.h"
+
+namespace fastnn::cpu {
+namespace {
+
+constexpr int64_t kGrain = 16 * 1024;    // logits a thread takes at the least: some 10 µs of work
+constexpr int64_t kRowChunk = 8 * 1024;  // rows that are added up in one go
+
+enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+ScalarType accumulator_dtype(const Tensor& input) {
+  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
+
+// The shape of the unreduced loss.
+std::vector<int64_t> loss_shape(const Tensor& input) {
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < input.dim(); ++d)
+    if (d != class_dim(input)) shape.push_back(input.size(d));
+  return shape;
+}
+
+// fill_ of a single element, without the cost of calling an operator.
+void write_scalar(const Tensor& tensor, double value) {
+  void* data = tensor.data_ptr();
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      *static_cast<double*>(data) = value;
+      break;
+    case ScalarType::Float:
+      *static_cast<float*>(data) = float(value);
+      break;
+    case ScalarType::BFloat16:
+      *static_cast<bf16*>(data) = from_accumulator<bf16>(float(value));
+      break;
+    default:
+      *static_cast<f16*>(data) = from_accumulator<f16>(float(value));
+  }
+}
+
+Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
+  const Tensor cast = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+  return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
+}
+
+// ---- layouts ----
+
+enum class Layout { kRows, kColumns };
+
+// The one stride with which dims [begin, end), the class dimension left out, are walked in order; -1 if there is none.
+int64_t common_stride(const Tensor& tensor, int64_t begin, int64_t end) {
+  int64_t stride = 0, next = -1;
+  for (int64_t d = end - 1; d >= begin; --d) {
+    if (d == class_dim(tensor) || tensor.size(d) == 1) continue;
+    if (next >= 0 && tensor.stride(d) != next) return -1;
+    if (next < 0) stride = tensor.stride(d);
+    next = tensor.stride(d) * tensor.size(d);
+  }
+  return stride;
+}
+
+// Whether the tensor is an array of this layout as it lies, and if so that array.
+bool fits(const Tensor& tensor, Layout layout, ClassArray* array) {
+  const int64_t cls = class_dim(tensor);
+  const int64_t class_stride = tensor.size(cls) == 1 ? 1 : tensor.stride(cls);
+  if (layout == Layout::kRows) {
+    *array = {tensor.data_ptr(), common_stride(tensor, 0, tensor.dim()), 1};
+    return class_stride == 1 && array->outer_stride >= 0;
+  }
+  // In two dimensions the batch is the inner one, and there is no outer one.
+  const bool batched = tensor.dim() > 2;
+  *array = {tensor.data_ptr(), batched ? tensor.stride(0) : 0, class_stride};
+  return tensor.dim() > 1 && common_stride(tensor, batched ? 2 : 0, tensor.dim()) == 1;
+}
+
+// ---- one call ----
+
+struct Call {
+  CrossEntropyArgs args;
+  Layout layout;
+  Tensor logits, probabilities, grad_input, index, weight;  // what args point into
+};
+
+// Finds the layout in which all operands lie, gathering those that have none.
+void choose_layout(Call& call) {
+  auto& args = call.args;
+  const bool has_probabilities = args.target == kProbabilities, has_grad = call.grad_input.defined();
+  for (Layout layout : {Layout::kRows, Layout::kColumns}) {
+    if (!fits(call.logits, layout, &args.logits)) continue;
+    if (has_grad && !fits(call.grad_input, layout, &args.grad_input)) continue;
+    if (has_probabilities && !fits(call.probabilities, layout, &args.probabilities)) {
+      Tensor gathered = torch::stable::empty_like(call.logits);
+      if (!fits(gathered, layout, &args.probabilities)) continue;
+      torch::stable::copy_(gathered, call.probabilities);
+      call.probabilities = gathered;
+    }
+    call.layout = layout;
+    return;
+  }
+  call.logits = torch::stable::contiguous(call.logits);
+  if (has_probabilities) call.probabilities = torch::stable::contiguous(call.probabilities);
+  if (has_grad) call.grad_input = torch::stable::new_empty(call.logits, call.logits.sizes());
+  choose_layout(call);  // contiguous tensors have one
+}
+
+Call make_call(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+               int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  dtype_of(input, op, "input");
+  STD_TORCH_CHECK(input.dim() >= 1, op, ": input has no dimensions");
+  STD_TORCH_CHECK(kNone <= reduction && reduction <= kSum, op, ": reduction is ", reduction, ", expected 0, 1 or 2");
+  STD_TORCH_CHECK(!(label_smoothing > 1), op, ": label_smoothing is ", label_smoothing, ", expected at most 1");
+  const double smoothing = label_smoothing > 0 ? label_smoothing : 0;
+  const ScalarType target_dtype = target.scalar_type();
+  const bool indexed = target_dtype == ScalarType::Long || target_dtype == ScalarType::Byte;
+
+  Call call{};
+  auto& args = call.args;
+  args.target = !indexed ? kProbabilities : smoothing > 0 ? kSmoothedIndex : kIndex;
+  args.classes = input.size(class_dim(input));
+  args.rows = 1;
+  for (int64_t size : loss_shape(input)) args.rows *= size;
+  args.ignore_index = ignore_index;
+  args.keep = 1 - smoothing;
+  args.uniform = smoothing / double(args.classes);
+  call.logits = input;
+  if (indexed) {
+    STD_TORCH_CHECK(target.numel() == args.rows, op, ": target has shape ", shape_string(target), ", expected ",
+                    args.rows, " class indices for input ", shape_string(input));
+    call.index = contiguous_as(target, ScalarType::Long);
+    args.index = static_cast<const int64_t*>(call.index.data_ptr());
+  } else {
+    check_same_dtype(target, input, op, "target");
+    check_same_shape(target, input, op, "target");
+    call.probabilities = target;
+  }
+  const ScalarType accumulator = accumulator_dtype(input);
+  if (weight) {
+    check_same_dtype(*weight, input, op, "weight");
+    STD_TORCH_CHECK(weight->dim() == 1 && weight->numel() == args.classes, op, ": weight has shape ",
+                    shape_string(*weight), ", expected [", args.classes, "]");
+    call.weight = contiguous_as(*weight, accumulator);
+  } else if (args.target != kIndex) {
+    call.weight = torch::stable::new_empty(input, {args.classes}, accumulator);
+    torch::stable::fill_(call.weight, 1);
+  }
+  if (call.weight.defined()) args.weight = call.weight.data_ptr();
+  return call;
+}
+
+void finish_layout(Call& call) {
+  choose_layout(call);
+  call.args.inner = call.layout == Layout::kRows ? 1
+                    : call.logits.dim() == 2     ? call.args.rows
+                                                 : call.args.rows / call.logits.size(0);
+}
+
+// sum(begin, end) over all rows, in chunks that do not depend on the number of threads.
+template <class F>
+double sum_chunks(int64_t rows, const F& sum) {
+  std::vector<double> sums(ceil_div(rows, kRowChunk));
+  torch::stable::parallel_for(0, int64_t(sums.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      sums[chunk] = sum(chunk * kRowChunk, std::min(rows, (chunk + 1) * kRowChunk));
+  });
+  double total = 0;
+  for (double value : sums) total += value;
+  return total;
+}
+
+template <class A>
+double sum_losses(const CrossEntropyArgs& args) {
+  const A* loss = static_cast<const A*>(args.loss);
+  return sum_chunks(args.rows, [=](int64_t begin, int64_t end) {
+    double sums[4] = {};
+    for (int64_t row = begin; row < end; ++row) sums[row % 4] += double(loss[row]);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  });
+}
+
+// The weights of all targets that are not ignored. Checks every index on the way, so that the kernels can trust them.
+template <class A>
+double sum_weights(const CrossEntropyArgs& args) {
+  if (!args.index) return double(args.rows);
+  const A* weight = static_cast<const A*>(args.weight);
+  std::atomic<int64_t> first_bad{args.rows};
+  const double total = sum_chunks(args.rows, [&](int64_t begin, int64_t end) {
+    double sum = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t t = args.index[row];
+      if (t == args.ignore_index) continue;
+      if (t < 0 || t >= args.classes) {
+        int64_t seen = first_bad.load();
+        while (row < seen && !first_bad.compare_exchange_weak(seen, row)) {
+        }
+        break;
+      }
+      sum += weight ? double(weight[t]) : 1;
+    }
+    return sum;
+  });
+  if (first_bad < args.rows)
+    throw std::out_of_range("Target " + std::to_string(args.index[first_bad]) + " is out of bounds.");
+  return total;
+}
+
+double checked_total_weight(const Call& call, ScalarType accumulator) {
+  return accumulator == ScalarType::Double ? sum_weights<double>(call.args) : sum_weights<float>(call.args);
+}
+
+int64_t tiles_of(const CrossEntropyArgs& args) {
+  return args.rows / args.inner * ceil_div(args.inner, kCrossEntropyTile);
+}
+
+// Units of `logits` logits each a thread takes at the least.
+int64_t grain(int64_t logits) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, logits)); }
+
+void run_forward(const Call& call, DType dtype) {
+  const auto& args = call.args;
+  const auto& kernels = cross_entropy_kernels();
+  const int64_t blocks = ceil_div(args.classes, kCrossEntropyBlock);
+  if (call.layout == Layout::kColumns) {
+    const auto kernel = kernels.forward_columns[dtype][args.target];
+    const int64_t tile = std::min(args.inner, kCrossEntropyTile);
+    torch::stable::parallel_for(0, tiles_of(args), grain(tile * args.classes),
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  } else if (args.classes <= kCrossEntropyNarrow) {
+    const auto kernel = kernels.forward_narrow_rows[dtype][args.target];
+    torch::stable::parallel_for(0, args.rows, grain(args.classes),
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  } else if (blocks > 1 && args.rows < 8 * int64_t(torch::stable::get_num_threads())) {
+    const Tensor partials =
+        torch::stable::new_empty(call.logits, {args.rows * blocks * 4}, accumulator_dtype(call.logits));
+    const auto kernel = kernels.forward_blocks[dtype][args.target];
+    torch::stable::parallel_for(0, args.rows * blocks, grain(kCrossEntropyBlock),
+                                [&](int64_t begin, int64_t end) { kernel(args, partials.data_ptr(), begin, end); });
+    kernels.forward_merge[dtype][args.target](args, partials.data_ptr(), 0, args.rows);
+  } else {
+    const auto kernel = kernels.forward_rows[dtype][args.target];
+    torch::stable::parallel_for(0, args.rows, grain(args.classes),
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight,
+                                                 int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  Call call = make_call("cross_entropy", input, target, weight, reduction, ignore_index, label_smoothing);
+  auto& args = call.args;
+  const ScalarType accumulator = accumulator_dtype(input);
+  const double total = checked_total_weight(call, accumulator);
+  const Tensor total_weight = torch::stable::new_empty(input, {}, accumulator);
+  write_scalar(total_weight, total);
+  const Tensor row_stats = torch::stable::new_empty(input, {3, args.rows}, accumulator);
+  const Tensor losses = torch::stable::new_empty(input, loss_shape(input), accumulator);
+  args.row_stats = row_stats.data_ptr();
+  args.loss = losses.data_ptr();
+  if (args.rows > 0) {
+    finish_layout(call);
+    run_forward(call, dtype_of(input, "cross_entropy", "input"));
+  }
+
+  if (reduction == kNone) return {contiguous_as(losses, input.scalar_type()), row_stats, total_weight};
+  const double sum = accumulator == ScalarType::Double ? sum_losses<double>(args) : sum_losses<float>(args);
+  const Tensor output = torch::stable::new_empty(input, {});
+  write_scalar(output, reduction == kMean ? sum / total : sum);
+  return {output, row_stats, total_weight};
+}
+
+// Gradient of every row's loss (reduction 'none'), or the one they share, in the accumulation dtype.
+Tensor gradient_of_rows(const Tensor& grad_output, const Tensor& total_weight, int64_t reduction,
+                        ScalarType accumulator) {
+  const Tensor grad = contiguous_as(grad_output, accumulator);
+  if (reduction != kMean) return grad;
+  Tensor divided = torch::stable::empty_like(grad);
+  if (accumulator == ScalarType::Double)
+    *static_cast<double*>(divided.data_ptr()) =
+        *static_cast<double*>(grad.data_ptr()) / *static_cast<double*>(total_weight.data_ptr());
+  else
+    *static_cast<float*>(divided.data_ptr()) =
+        *static_cast<float*>(grad.data_ptr()) / *static_cast<float*>(total_weight.data_ptr());
+  return divided;
+}
+
+Tensor cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, std::optional<Tensor> weight,
+                              Tensor row_stats, Tensor total_weight, int64_t reduction, int64_t ignore_index,
+                              double label_smoothing) {
+  const char* op = "cross_entropy_backward";
+  Call call = make_call(op, input, target, weight, reduction, ignore_index, label_smoothing);
+  auto& args = call.args;
+  const ScalarType accumulator = accumulator_dtype(input);
+  checked_total_weight(call, accumulator);
+  STD_TORCH_CHECK(grad_output.numel() == (reduction == kNone ? args.rows : 1), op, ": grad_output has shape ",
+                  shape_string(grad_output));
+  STD_TORCH_CHECK(row_stats.numel() == 3 * args.rows && row_stats.scalar_type() == accumulator, op,
+                  ": row_stats is not what cross_entropy returned");
+  STD_TORCH_CHECK(total_weight.numel() == 1 && total_weight.scalar_type() == accumulator, op,
+                  ": total_weight is not what cross_entropy returned");
+  const Tensor stats = contiguous_as(row_stats, accumulator);
+  const Tensor grad_rows = gradient_of_rows(grad_output, total_weight, reduction, accumulator);
+  args.row_stats = stats.data_ptr();
+  args.grad_rows = grad_rows.data_ptr();
+  args.grad_per_row = reduction == kNone;
+
+  Tensor grad_input = with_huge_pages(torch::stable::empty_like(input));
+  if (input.numel() == 0) return grad_input;
+  call.grad_input = grad_input;
+  finish_layout(call);
+  const DType dtype = dtype_of(input, op, "input");
+  const auto& kernels = cross_entropy_kernels();
+  if (call.layout == Layout::kColumns) {
+    const auto kernel = kernels.backward_columns[dtype][args.target];
+    const int64_t tile = std::min(args.inner, kCrossEntropyTile);
+    torch::stable::parallel_for(0, tiles_of(args), grain(tile * args.classes),
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  } else if (args.classes <= kCrossEntropyNarrow) {
+    const auto kernel = kernels.backward_narrow_rows[dtype][args.target];
+    torch::stable::parallel_for(0, args.rows, grain(args.classes),
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  } else {
+    const auto kernel = kernels.backward_rows[dtype][args.target];
+    const int64_t blocks = ceil_div(args.classes, kCrossEntropyBlock);
+    torch::stable::parallel_for(0, args.rows * blocks, grain(std::min(args.classes, kCrossEntropyBlock)),
+                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+  if (call.grad_input.data_ptr() != grad_input.data_ptr()) torch::stable::copy_(grad_input, call.grad_input);
+  return grad_input;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+}
+
+}  // namespace fastnn::cpu

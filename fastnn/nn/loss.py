@@ -1,0 +1,23 @@
+"""The loss modules on fastnn's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastnn.nn import functional as F
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """Cross-entropy between logits and class indices or class probabilities. As :class:`torch.nn.CrossEntropyLoss`:
+    the same arguments, state_dict and results, computed by :func:`fastnn.nn.functional.cross_entropy`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )

@@ -1,0 +1,116 @@
+"""Cross-entropy: autograd and fake rules of ``fastnn::cross_entropy`` and ``cross_entropy_backward``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnn import dispatch as dispatch  # registers the operators
+from fastnn.ops.autograd import BelowAutograd, differentiable
+
+
+def _class_dim(input: Tensor) -> int:
+    return 0 if input.dim() == 1 else 1
+
+
+@torch.library.register_fake("fastnn::cross_entropy")
+def _fake(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses = input.new_empty([size for d, size in enumerate(input.shape) if d != _class_dim(input)])
+    accumulator = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return (
+        losses if reduction == 0 else input.new_empty(()),
+        input.new_empty((3, losses.numel()), dtype=accumulator),
+        input.new_empty((), dtype=accumulator),
+    )
+
+
+@torch.library.register_fake("fastnn::cross_entropy_backward")
+def _fake_backward(grad_output: Tensor, input: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(input)
+
+
+class CrossEntropyBackward(torch.autograd.Function):
+    """The gradient of the logits. Its own gradient is torch's: right, and not meant to be fast."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        with BelowAutograd():
+            return torch.ops.fastnn.cross_entropy_backward.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad_output, input, target, weight, _, _, *ctx.options = inputs
+        ctx.save_for_backward(grad_output, input, target, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *differentiable_inputs, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases, so that an argument given twice still gets two gradients.
+            grad_output, input, target = aliases = [
+                t.view_as(t) if n else t for t, n in zip(differentiable_inputs, needed, strict=True)
+            ]
+            x = input if input.requires_grad else input.detach().requires_grad_()
+            loss = torch._C._nn.cross_entropy_loss(x, target, weight, *ctx.options)
+            (grad_input,) = torch.autograd.grad(loss, x, grad_output, create_graph=True)
+        wanted = [t for t, n in zip(aliases, needed, strict=True) if n]
+        found = iter(torch.autograd.grad(grad_input, wanted, grad, create_graph=create_graph, allow_unused=True))
+        return *(next(found) if n else None for n in needed), *[None] * 6
+
+
+class CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with BelowAutograd():
+            return torch.ops.fastnn.cross_entropy.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        input, target, weight, *ctx.options = inputs
+        _, row_stats, total_weight = output
+        ctx.save_for_backward(input, target, weight, row_stats, total_weight)
+        ctx.mark_non_differentiable(row_stats, total_weight)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 6
+        input, _, weight, _, total_weight = ctx.saved_tensors
+        grad_input = grad_target = None
+        if ctx.needs_input_grad[0]:
+            grad_input = cross_entropy_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+        if ctx.needs_input_grad[1]:
+            grad_target = _target_gradient(grad_output, input, weight, total_weight, *ctx.options)
+        return grad_input, grad_target, None, None, None, None
+
+
+def _target_gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    total_weight: Tensor,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Gradient of class probabilities: -grad_output * (1 - label_smoothing) * weight * log_softmax(input)."""
+    dim = _class_dim(input)
+    grad = grad_output.unsqueeze(dim) if reduction == 0 else grad_output
+    if reduction == 1:
+        grad = grad / total_weight.to(grad.dtype)
+    if label_smoothing > 0:
+        grad = grad * (1 - label_smoothing)
+    if weight is not None:
+        grad = grad * weight.view(-1, *[1] * (input.dim() - 1 - dim))
+    return -grad * torch.log_softmax(input, dim)
+
+
+cross_entropy_backward = differentiable("cross_entropy_backward", CrossEntropyBackward)
+cross_entropy = differentiable("cross_entropy", CrossEntropy)
