@@ -38,7 +38,7 @@ def special(values):
     """Puts inf, NaN and -0 among the values."""
     flat = values.flatten()
     for i, x in enumerate((float("inf"), float("-inf"), float("nan"), -0.0)):
-        flat[i :: 11] = x
+        flat[i::11] = x
     return flat.view(values.shape)
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-import fastnn.optim
-import fastnn.ops.adam
 from optimizers import Pair, values_of
+
+import fastnn.ops.adam
+import fastnn.optim
 
 
 def op_args(requires_grad=False):

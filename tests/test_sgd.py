@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-
-import fastnn.optim
-import fastnn.ops.sgd
 from optimizers import TYPICAL, Pair, values_of
+
+import fastnn.ops.sgd
+import fastnn.optim
 
 
 def op_args(requires_grad=False):

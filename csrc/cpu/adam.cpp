@@ -9,7 +9,7 @@ namespace {
 
 // Adds 1 to a step counter and returns it.
 double advance(const Tensor& step) {
-  if (step.scalar_type() == ScalarType::Double) return *static_cast<double*>(step.data_ptr()) += 1;
+  if (step.element_size() == sizeof(double)) return *static_cast<double*>(step.data_ptr()) += 1;
   return *static_cast<float*>(step.data_ptr()) += 1;
 }
 

@@ -7,10 +7,21 @@
 namespace fastnn::cpu {
 namespace {
 
+constexpr int64_t kElementSize[kNumDTypes] = {8, 4, 2, 2};
+
 int32_t dtype_code(const Tensor& tensor) {
   int32_t code;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
   return code;
+}
+
+// dtype_of asks libtorch for a dozen dtype codes; a step over thousands of small tensors feels that.
+DType dtype_from_code(int32_t code, const Tensor& tensor, const char* op, const char* name) {
+  static const int32_t codes[kNumDTypes] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(),
+                                            aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
+  for (int i = 0; i < kNumDTypes; ++i)
+    if (codes[i] == code) return DType(i);
+  return dtype_of(tensor, op, name);
 }
 
 bool is_expanded(const Tensor& tensor) {
@@ -40,8 +51,8 @@ void check_operands(const char* op, const Operands& operands) {
                     " tensors, expected ", params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor& param = params[i];
-    dtype_of(param, op, operands[0].name);
     const int32_t code = dtype_code(param);
+    dtype_from_code(code, param, op, operands[0].name);
     const auto sizes = param.sizes();
     for (const Operand& operand : operands) {
       const Tensor& tensor = (*operand.tensors)[i];
@@ -88,8 +99,8 @@ Gathered::Gathered(const char* op, const Operands& operands, size_t first, size_
     const Tensor& param = (*operands[0].tensors)[i];
     total += param.numel();
     ends_.push_back(total);
-    dtypes_.push_back(dtype_of(param, op, operands[0].name));
-    element_sizes_.push_back(int64_t(param.element_size()));
+    dtypes_.push_back(dtype_from_code(dtype_code(param), param, op, operands[0].name));
+    element_sizes_.push_back(kElementSize[dtypes_.back()]);
     bool contiguous = true;
     for (const Operand& operand : operands) contiguous = contiguous && (*operand.tensors)[i].is_contiguous();
     if (contiguous) {

@@ -12,11 +12,11 @@ from fastnn import dispatch as dispatch  # registers the operators
 from fastnn.ops.autograd import not_differentiable
 
 
-@torch.library.register_fake("fastnn::adam_")
 def _fake(params: list[Tensor], *args: Any) -> None:
     # This rule is also the kernel of plain meta tensors, and a step of those is torch's to make.
     if params and not is_fake(params[0]):
         raise NotImplementedError("fastnn::adam_: meta tensors have no kernel")
 
 
+torch.library.register_fake("fastnn::adam_", _fake)
 adam_ = not_differentiable("adam_")

@@ -26,7 +26,7 @@ class Adam(torch.optim.Adam):
         ValueError, TypeError, RuntimeError: what :class:`torch.optim.Adam` raises.
     """
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. ``closure`` reevaluates the model and returns the loss, which is returned."""
         loss = None
         if closure is not None:
@@ -51,17 +51,16 @@ class Adam(torch.optim.Adam):
             return True
         if not all_plain("adam", params, grads):
             return False
-        states = [self.state[p] for p in params]
+        states: list[Any] = [self.state.get(p) for p in params]
         if not all(states):
             self._init_group(group, [], [], [], [], [], [])
-        if getattr(self, "found_inf", None) is not None and self.found_inf:  # any number but 0
+            states = [self.state[p] for p in params]
+        if bool(getattr(self, "found_inf", None) or 0):  # any number but 0
             return True
         exp_avgs = [s["exp_avg"] for s in states]
         exp_avg_sqs = [s["exp_avg_sq"] for s in states]
         max_exp_avg_sqs = [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else []
         steps = [s["step"] for s in states]
-        if not all_plain("adam", exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps):
-            return False
         grad_scale = getattr(self, "grad_scale", None)
         writes = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps]
         return updated(

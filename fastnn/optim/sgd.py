@@ -29,8 +29,8 @@ class SGD(torch.optim.SGD):
             ``v = -lr * g``; dampening, weight decay, maximize and nesterov act on ``g`` and ``v`` as they do in torch's
             form, ``b = momentum * b + g; p = p - lr * b``). At a constant ``lr`` both give the same parameters; when
             ``lr`` changes, the velocity keeps the steps it has already taken in. ``momentum_buffer`` holds ``v``, that
-            is ``-lr`` times torch's ``b``: to carry a state from one form to the other, multiply or divide it by ``-lr``.
-            The keyword is a group option and is saved with the others; a state_dict of :class:`torch.optim.SGD` has no
+            is ``-lr`` times torch's ``b``: to carry a state from one form to the other, multiply or divide by
+            ``-lr``. The keyword is a group option and is saved with the others; a state_dict of :class:`torch.optim.SGD` has no
             such option, and loading it sets the form its buffers are in, ``False``.
 
     Raises:
@@ -74,7 +74,7 @@ class SGD(torch.optim.SGD):
         for group in self.param_groups:
             group.setdefault("lr_in_velocity", False)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. ``closure`` reevaluates the model and returns the loss, which is returned."""
         loss = None
         if closure is not None:
@@ -100,7 +100,7 @@ class SGD(torch.optim.SGD):
             return True
         if not all_plain("sgd", params, grads):
             return False
-        skipped = getattr(self, "found_inf", None) is not None and bool(self.found_inf)  # any number but 0
+        skipped = bool(getattr(self, "found_inf", None) or 0)  # any number but 0
         if group["momentum"] == 0:
             return skipped or self._update(group, params, grads, [], [])
         states = [self.state[p] for p in params]
@@ -109,7 +109,7 @@ class SGD(torch.optim.SGD):
         if not skipped:
             for i in first_steps:
                 buffers[i] = torch.empty_like(params[i])
-            if not all_plain("sgd", buffers) or not self._update(group, params, grads, buffers, first_steps):
+            if not self._update(group, params, grads, buffers, first_steps):
                 return False
         for i in first_steps:
             states[i]["momentum_buffer"] = None if skipped else buffers[i]

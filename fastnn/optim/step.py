@@ -25,9 +25,9 @@ def params_and_grads(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]
 
 def native_step(cls: type[torch.optim.Optimizer], optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
     """torch's own step of one group. The hooks around ``step`` have run already, so they are peeled off."""
-    step = cls.step
+    step: Any = cls.step
     if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
+        step = step.__wrapped__
     groups = optimizer.param_groups
     optimizer.param_groups = [group]
     try:
