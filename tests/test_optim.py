@@ -1,7 +1,7 @@
 """Adam, AdamW and SGD against torch's own: one body for all three.
 
-Everything here compares two optimizers on equal parameters and gradients (optimizers.Pair), in float64 unless a dtype is
-the point. What is only Adam's or SGD's is in test_adam.py and test_sgd.py.
+Everything here compares two optimizers on equal parameters and gradients (optimizers.Pair), in float64 unless a dtype
+is the point. What is only Adam's or SGD's is in test_adam.py and test_sgd.py.
 """
 
 import copy

@@ -30,8 +30,8 @@ class SGD(torch.optim.SGD):
             form, ``b = momentum * b + g; p = p - lr * b``). At a constant ``lr`` both give the same parameters; when
             ``lr`` changes, the velocity keeps the steps it has already taken in. ``momentum_buffer`` holds ``v``, that
             is ``-lr`` times torch's ``b``: to carry a state from one form to the other, multiply or divide by
-            ``-lr``. The keyword is a group option and is saved with the others; a state_dict of :class:`torch.optim.SGD` has no
-            such option, and loading it sets the form its buffers are in, ``False``.
+            ``-lr``. The keyword is a group option and is saved with the others; a state_dict of
+            :class:`torch.optim.SGD` has no such option, and loading it sets the form its buffers are in, ``False``.
 
     Raises:
         ValueError, TypeError, RuntimeError: what :class:`torch.optim.SGD` raises.
