@@ -3,36 +3,12 @@
 
 #include "common/check.h"
 #include "cpu/memory.h"
+#include "cpu/strides.h"
 
 namespace fastnn::cpu {
 namespace {
 
 constexpr int64_t kGrain = 32 * 1024;  // elements a thread takes at the least: about 10 µs of memory traffic
-
-// Elementwise kernels walk memory in storage order, which is any order as long as all operands share it.
-bool is_dense(const Tensor& tensor) {
-  int64_t expected = 1;
-  // Strides of a dense tensor, sorted, are the running products of the sizes; at most 64 dimensions, mostly 4.
-  std::vector<bool> used(tensor.dim(), false);
-  for (int64_t step = 0; step < tensor.dim(); ++step) {
-    int64_t found = -1;
-    for (int64_t d = 0; d < tensor.dim(); ++d)
-      if (!used[d] && (tensor.size(d) == 1 || tensor.stride(d) == expected)) {
-        found = d;
-        if (tensor.size(d) != 1) break;
-      }
-    if (found < 0) return false;
-    used[found] = true;
-    expected *= tensor.size(found);
-  }
-  return true;
-}
-
-bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
-  return true;
-}
 
 void forward_into(const Tensor& x, const Tensor& y) {
   const auto kernel = relu_kernels().forward[dtype_of(x, "relu", "self")];

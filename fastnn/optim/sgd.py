@@ -1,0 +1,166 @@
+"""SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd as native_sgd
+
+from fastnn.dispatch import log_once, use_kernels
+from fastnn.ops.sgd import sgd_
+from fastnn.optim.step import all_plain, native_step, params_and_grads, updated
+
+
+class SGD(torch.optim.SGD):
+    """As :class:`torch.optim.SGD`: the same arguments, errors and ``state_dict``, interchangeable mid-training, and one
+    keyword more.
+
+    A step is one pass over all the parameters of a group that have a gradient: float64, float32, bfloat16 or float16 on
+    the CPU, of any shape and strides, with buffers of the same dtype (16-bit types are updated in float32 and rounded
+    once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes :class:`torch.amp.GradScaler`
+    leave the unscaling to the step, as in torch. Groups with other parameters or gradients (complex, sparse, on another
+    device, of a tensor subclass) and ``differentiable`` ones are updated by torch.
+
+    Args:
+        lr_in_velocity: ``True`` gives the classical form ``v = momentum * v - lr * g; p = p + v`` (first step:
+            ``v = -lr * g``; dampening, weight decay, maximize and nesterov act on ``g`` and ``v`` as they do in torch's
+            form, ``b = momentum * b + g; p = p - lr * b``). At a constant ``lr`` both give the same parameters; when
+            ``lr`` changes, the velocity keeps the steps it has already taken in. ``momentum_buffer`` holds ``v``, that
+            is ``-lr`` times torch's ``b``: to carry a state from one form to the other, multiply or divide by
+            ``-lr``. The keyword is a group option and is saved with the others; a state_dict of
+            :class:`torch.optim.SGD` has no such option, and loading it sets the form its buffers are in, ``False``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: what :class:`torch.optim.SGD` raises.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        lr_in_velocity: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self.defaults["lr_in_velocity"] = lr_in_velocity
+        for group in self.param_groups:
+            group.setdefault("lr_in_velocity", lr_in_velocity)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.defaults.setdefault("lr_in_velocity", False)
+        for group in self.param_groups:
+            group.setdefault("lr_in_velocity", False)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. ``closure`` reevaluates the model and returns the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if self._fused_step(group):
+                continue
+            if group["lr_in_velocity"]:
+                self._native_step_with_lr_in_velocity(group)
+            else:
+                native_step(torch.optim.SGD, self, group)
+        return loss
+
+    def _fused_step(self, group: dict[str, Any]) -> bool:
+        if torch.compiler.is_compiling() or not use_kernels("sgd"):
+            return False
+        if group["differentiable"]:
+            log_once("sgd", "of differentiable")
+            return False
+        params, grads = params_and_grads(group)
+        if not params:
+            return True
+        if not all_plain("sgd", params, grads):
+            return False
+        skipped = bool(getattr(self, "found_inf", None) or 0)  # any number but 0
+        if group["momentum"] == 0:
+            return skipped or self._update(group, params, grads, [], [])
+        states = [self.state[p] for p in params]
+        buffers = [s.get("momentum_buffer") for s in states]
+        first_steps = [i for i, b in enumerate(buffers) if b is None]
+        if not skipped:
+            for i in first_steps:
+                buffers[i] = torch.empty_like(params[i])
+            if not self._update(group, params, grads, buffers, first_steps):
+                return False
+        for i in first_steps:
+            states[i]["momentum_buffer"] = None if skipped else buffers[i]
+        return True
+
+    def _update(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Any], first: list[int]
+    ) -> bool:
+        grad_scale = getattr(self, "grad_scale", None)
+        writes = [params, buffers]
+        return updated(
+            "sgd",
+            sgd_,
+            writes if grad_scale is None else [*writes, grads],
+            params,
+            grads,
+            buffers,
+            first,
+            float(group["lr"]),
+            float(group["momentum"]),
+            float(group["dampening"]),
+            float(group["weight_decay"]),
+            bool(group["nesterov"]),
+            bool(group["maximize"]),
+            bool(group["lr_in_velocity"]),
+            None if grad_scale is None else float(grad_scale),
+        )
+
+    def _native_step_with_lr_in_velocity(self, group: dict[str, Any]) -> None:
+        """torch's step at lr -1 with every gradient times -lr is v = momentum v - lr g, p = p + v."""
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor | None] = []
+        has_sparse_grad = self._init_group(group, params, grads, buffers)
+        with torch.set_grad_enabled(group["differentiable"]):
+            native_sgd(
+                params,
+                [g * -group["lr"] for g in grads],
+                buffers,
+                weight_decay=-group["lr"] * group["weight_decay"],
+                momentum=group["momentum"],
+                lr=-1.0,
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                has_sparse_grad=has_sparse_grad,
+                foreach=group["foreach"],
+                fused=group["fused"],
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+            )
+        if group["momentum"] != 0:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
