@@ -29,6 +29,15 @@ constexpr int64_t kShortDepth = 64;
 
 // ---- reading a source ----
 
+FASTNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTNN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class A>
+FASTNN_INLINE void zero(A* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = 0;
+}
+
 template <class T>
 FASTNN_INLINE Vec<Accumulator<T>> masked(Vec<Accumulator<T>> grad, Vec<Accumulator<T>> relu_output) {
   return relu_output <= Vec<Accumulator<T>>{} ? Vec<Accumulator<T>>{} : grad;
@@ -54,8 +63,33 @@ FASTNN_INLINE int64_t last_window(int64_t y, int64_t stride, int64_t windows) {
 template <class T>
 void add_pooled_row(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t x, int64_t count,
                     Accumulator<T>* dst) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
   const PoolShape& pool = s.pool;
-  for (int64_t i = 0; i < count; ++i) dst[i] = 0;
+  if (pool.kernel_w == 2 && pool.stride_w == 2 && pool.stride_h >= pool.kernel_h && x == 0 && count >= 2 * pool.out_w &&
+      s.stride.w == 1 && s.code_stride.w == 1) {
+    // Windows of two columns that do not overlap, the usual case: a vector of codes places two vectors of elements.
+    const int64_t py = y / pool.stride_h, low = (y - py * pool.stride_h) * 2;
+    const bool covered = py < pool.out_h && low < pool.kernel_h * 2;
+    const T* grad = static_cast<const T*>(s.data) + offset4(s.stride, n, c, py, 0);
+    const uint8_t* code = s.pool_code + offset4(s.code_stride, n, c, py, 0);
+    Mask<A> first, second;
+    for (int i = 0; i < L; ++i)
+      first[i] = i / 2 + (i % 2 ? L : 0), second[i] = first[i] + L / 2;
+    int64_t px = 0;
+    for (; covered && px + L <= pool.out_w; px += L) {
+      const Vec<A> g = load(grad + px);
+      const Mask<A> element = load_bytes<A>(code + px);
+      const Vec<A> left = element == int32_t(low) ? g : Vec<A>{}, right = element == int32_t(low + 1) ? g : Vec<A>{};
+      store(dst + 2 * px, __builtin_shuffle(left, right, first));
+      store(dst + 2 * px + L, __builtin_shuffle(left, right, second));
+    }
+    for (; covered && px < pool.out_w; ++px)
+      for (int64_t j = 0; j < 2; ++j) dst[2 * px + j] = code[px] == low + j ? to_accumulator(grad[px]) : A(0);
+    zero(dst + 2 * px, count - 2 * px);
+    return;
+  }
+  zero(dst, count);
   for (int64_t py = first_window(y, pool.kernel_h, pool.stride_h); py <= last_window(y, pool.stride_h, pool.out_h);
        ++py) {
     const T* grad = static_cast<const T*>(s.data) + offset4(s.stride, n, c, py, 0);
@@ -123,9 +157,14 @@ FASTNN_INLINE Vec<Accumulator<T>> read_channels(const ConvSource& s, int64_t n, 
            px <= last_window(x, pool.stride_w, pool.out_w); ++px) {
         const int64_t element = (y - py * pool.stride_h) * pool.kernel_w + x - px * pool.stride_w;
         const uint8_t* code = s.pool_code + offset4(s.code_stride, n, c, py, px);
-        Mask<A> chosen{};
-        for (int i = 0; i < lanes; ++i) chosen[i] = code[i] == element ? -1 : 0;
-        sum += chosen ? load_n(data + offset4(s.stride, n, c, py, px), lanes) : Vec<A>{};
+        const T* grad = data + offset4(s.stride, n, c, py, px);
+        if (lanes == kLanes<A>) {
+          sum += load_bytes<A>(code) == int32_t(element) ? load(grad) : Vec<A>{};
+        } else {
+          Mask<A> chosen{};
+          for (int i = 0; i < lanes; ++i) chosen[i] = code[i] == element ? -1 : 0;
+          sum += chosen ? load_n(grad, lanes) : Vec<A>{};
+        }
       }
     return sum;
   }
@@ -187,15 +226,6 @@ void read_rows(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int
 struct Block {
   int64_t n, images, row, rows, pitch_image;
 };
-
-FASTNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTNN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-template <class A>
-FASTNN_INLINE void zero(A* p, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) p[i] = 0;
-}
 
 // Plane columns [first, last) of a phase hold source columns x, x + step_w, ...; the others are padding.
 struct Columns {

@@ -100,6 +100,15 @@ FASTNN_INLINE void store(f16* p, FloatVec v) {
 #endif
 }
 
+// As many bytes as A has lanes, widened to its mask's integers.
+template <class A>
+FASTNN_INLINE Mask<A> load_bytes(const uint8_t* p) {
+  typedef uint8_t Bytes __attribute__((vector_size(FASTNN_VECTOR_BYTES / sizeof(A))));
+  Bytes bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Mask<A>);
+}
+
 // The first n (0 <= n <= lanes) elements; the other lanes are zero, and their memory is not touched.
 #if FASTNN_VECTOR_BYTES == 64
 FASTNN_INLINE FloatVec load_n(const float* p, int n) {
