@@ -135,13 +135,19 @@ void set_block(Planes& p, int64_t rows, int64_t images, int64_t lanes) {
   p.plane = p.phases * lines * 16;
 }
 
+// Groups a task takes: where channels are neighbours in memory, enough for a pixel to give whole vectors.
+template <class Problem>
+int64_t groups_together(const Problem& p, bool channels_contiguous) {
+  if (!channels_contiguous) return 1;
+  return std::min(p.groups, ceil_div(16, std::min(p.group_channels, p.group_results)));
+}
+
 // Cuts a TapConv into tasks that fit the cache, and enough of them for the threads.
 void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
   const int64_t threads = torch::stable::get_num_threads();
   const PoolShape& pool = p.result.pool;
   const int64_t most_rows = pool.kernel_h ? (pool.out_h - 1) * pool.stride_h + pool.kernel_h : p.rows;
-  // Groups are packed together until a channels_last pixel gives whole vectors.
-  p.block_groups = std::min(p.groups, ceil_div(16, std::min(p.group_channels, p.group_results)));
+  p.block_groups = groups_together(p, p.source.stride.c == 1 || p.result.stride.c == 1);
   p.block_results = p.group_results;
   p.panel = kPanelResults;
   if (p.group_results < p.panel) p.panel = std::min(p.panel / p.group_results, p.block_groups) * p.group_results;
@@ -179,7 +185,7 @@ void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
 
 void plan(TapGrad& p, int64_t element, int64_t lanes) {
   p.outer = p.group_channels >= 2 * lanes;
-  p.block_groups = p.outer ? 1 : std::min(p.groups, ceil_div(16, std::min(p.group_channels, p.group_results)));
+  p.block_groups = p.outer ? 1 : groups_together(p, p.source.stride.c == 1 || p.grad.stride.c == 1);
   p.block_channels = p.block_groups > 1 ? p.group_channels : std::min(p.group_channels, kGradChannels);
   p.block_results = p.block_groups > 1 ? p.group_results : std::min(p.group_results, kGradChannels);
   const auto fits = [&](int64_t rows, int64_t images) {
