@@ -33,9 +33,18 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if has_torch_function_unary(input):  # torch's own protocol, which fastnn.convert and torch.fx build on
         return handle_torch_function(native.relu, (input,), input, inplace=inplace)
-    if not use_kernels("relu", input):
+    if not use_kernels("relu", input) or (inplace and not _writable(input)):
         return native.relu(input, inplace)
     return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)
+
+
+def _writable(input: Tensor) -> bool:
+    """Whether torch lets ``input`` be written in place; where not, native torch says why."""
+    if input.requires_grad and input.is_leaf and torch.is_grad_enabled():
+        return False
+    if input.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    return input.is_contiguous() or torch._debug_has_internal_overlap(input) != 1
 
 
 def relu_(input: Tensor) -> Tensor:
@@ -64,7 +73,7 @@ def _conv_geometry(
 ) -> tuple[list[int], list[int], list[int], int] | None:
     """Stride, (top, left, bottom, right) padding, dilation and groups as the operators take them; None where the call is
     not fastnn's to serve, a wrong one included: native torch then raises its own error."""
-    if not use_kernels(op, input, weight, bias) or weight.dim() != 4 or input.dim() not in (3, 4):
+    if weight is None or not use_kernels(op, input, weight, bias) or weight.dim() != 4 or input.dim() not in (3, 4):
         return None
     strides, dilations = _pair(stride), _pair(dilation)
     if strides is None or dilations is None or min(strides) < 1 or min(dilations) < 1:
