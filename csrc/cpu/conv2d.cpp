@@ -1,5 +1,5 @@
-// Glue of fastnn::conv2d, conv2d_relu_max_pool2d and conv2d_backward on the CPU: checks, output allocation, and the plan
-// of a call (how planes are laid out and work is cut); the kernels are in kernels/conv2d_tier.h.
+// Glue of fastnn::conv2d, conv2d_relu_max_pool2d and conv2d_backward on the CPU: checks, output allocation, and the
+// plan of a call (how planes are laid out and work is cut); the kernels are in kernels/conv2d_tier.h.
 #include <algorithm>
 #include <array>
 
@@ -66,16 +66,16 @@ ConvShape conv_shape(const char* op, const Tensor& input, const Tensor& weight, 
                   ", expected at most ", kMaxPhases, " in all");
   STD_TORCH_CHECK(input.size(1) == weight.size(1) * groups && weight.size(0) % groups == 0 && weight.size(0) > 0 &&
                       weight.size(1) > 0,
-                  op,
-                  ": input of shape ", shape_string(input), ", weight of shape ", shape_string(weight), " and groups ",
-                  groups, " do not fit together");
+                  op, ": input of shape ", shape_string(input), ", weight of shape ", shape_string(weight),
+                  " and groups ", groups, " do not fit together");
   ConvShape s;
   s.batch = input.size(0), s.in_channels = input.size(1), s.in_h = input.size(2), s.in_w = input.size(3);
   s.out_channels = weight.size(0), s.kernel_h = weight.size(2), s.kernel_w = weight.size(3);
   s.stride_h = stride[0], s.stride_w = stride[1], s.dilation_h = dilation[0], s.dilation_w = dilation[1];
   s.pad_top = padding[0], s.pad_left = padding[1], s.pad_bottom = padding[2], s.pad_right = padding[3];
   s.groups = groups;
-  STD_TORCH_CHECK(s.kernel_h > 0 && s.kernel_w > 0 && s.in_h + s.pad_top + s.pad_bottom > s.dilation_h * (s.kernel_h - 1) &&
+  STD_TORCH_CHECK(s.kernel_h > 0 && s.kernel_w > 0 &&
+                      s.in_h + s.pad_top + s.pad_bottom > s.dilation_h * (s.kernel_h - 1) &&
                       s.in_w + s.pad_left + s.pad_right > s.dilation_w * (s.kernel_w - 1),
                   op, ": weight of shape ", shape_string(weight), " is larger than the padded input of shape ",
                   shape_string(input));
@@ -85,14 +85,15 @@ ConvShape conv_shape(const char* op, const Tensor& input, const Tensor& weight, 
 }
 
 PoolShape pool_shape(const char* op, const ConvShape& s, const Ints& kernel, const Ints& stride) {
-  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2, op, ": expected 2 values of pool_kernel_size and pool_stride");
+  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2, op,
+                  ": expected 2 values of pool_kernel_size and pool_stride");
   PoolShape pool;
   pool.kernel_h = kernel[0], pool.kernel_w = kernel[1], pool.stride_h = stride[0], pool.stride_w = stride[1];
   STD_TORCH_CHECK(pool.kernel_h > 0 && pool.kernel_w > 0 && pool.stride_h > 0 && pool.stride_w > 0 &&
                       pool.kernel_h <= s.out_h && pool.kernel_w <= s.out_w && pool.kernel_h * pool.kernel_w < kPoolNone,
                   op, ": pool_kernel_size is ", pool.kernel_h, " x ", pool.kernel_w, ", pool_stride ", pool.stride_h,
-                  " x ", pool.stride_w, ", expected a window of 1 to ", int(kPoolNone) - 1, " elements inside ", s.out_h,
-                  " x ", s.out_w);
+                  " x ", pool.stride_w, ", expected a window of 1 to ", int(kPoolNone) - 1, " elements inside ",
+                  s.out_h, " x ", s.out_w);
   pool.out_h = (s.out_h - pool.kernel_h) / pool.stride_h + 1;
   pool.out_w = (s.out_w - pool.kernel_w) / pool.stride_w + 1;
   return pool;
@@ -123,7 +124,8 @@ void plan_planes(Planes& p, std::vector<Tap>& taps, int64_t source_w, int64_t co
   }
   p.pitch = cols + p.halo_w;
   // The zeros right of a row may be those left of the next one.
-  if (p.step_w == 1) p.pitch = std::max(std::max(p.origin_w, int64_t(0)) + source_w, p.pitch - std::max(p.origin_w, int64_t(0)));
+  if (p.step_w == 1)
+    p.pitch = std::max(std::max(p.origin_w, int64_t(0)) + source_w, p.pitch - std::max(p.origin_w, int64_t(0)));
   p.pitch = std::max(p.pitch, cols);
 }
 
@@ -166,7 +168,8 @@ void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
   Cut cut = cut_rows(most_rows, rows, pool);
   const auto count = [&] { return ceil_div(p.batch, images) * cut.blocks * ceil_div(p.groups, p.block_groups); };
   while (count() < 2 * threads && images > 1) images = ceil_div(images, 2);
-  while (count() < 2 * threads && cut.block > 8 && cut.blocks < most_rows / 4) cut = cut_rows(most_rows, cut.block / 2, pool);
+  while (count() < 2 * threads && cut.block > 8 && cut.blocks < most_rows / 4)
+    cut = cut_rows(most_rows, cut.block / 2, pool);
   images = ceil_div(p.batch, ceil_div(p.batch, images));
   set_block(p.planes, cut.block, images, lanes);
   p.image_blocks = ceil_div(p.batch, images), p.row_blocks = cut.blocks;
@@ -180,7 +183,8 @@ void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
   // A channel's operands of a tile: some three cache lines for every plane row that the taps read.
   p.depth_channels = std::max<int64_t>(8, kDepthBytes / ((p.planes.halo_h + 1) * p.planes.phases * 192));
   const int64_t positions = images * (cut.block + p.planes.halo_h) * p.planes.pitch + 2 * lanes;
-  p.scratch = (p.num_taps + 8) * 8 + (p.block_groups * p.group_channels * p.planes.plane + p.panel * positions) * element;
+  p.scratch =
+      (p.num_taps + 8) * 8 + (p.block_groups * p.group_channels * p.planes.plane + p.panel * positions) * element;
 }
 
 void plan(TapGrad& p, int64_t element, int64_t lanes) {
@@ -275,10 +279,10 @@ void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t,
   plan(p, element, kernels.lanes[element == 4], kernels.tile_results);
   const Scratch<char> packed(p.groups * p.group_results * p.group_channels * p.num_taps * element);
   const int64_t blocks = p.groups * ceil_div(p.group_results, kernels.tile_results);
-  torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, 4096 / (p.group_channels * p.num_taps)),
-                              [&](int64_t begin, int64_t end) {
-                                kernels.pack_weight[dtype](p, weight.data_ptr(), strides.data(), packed.get(), begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, blocks, std::max<int64_t>(1, 4096 / (p.group_channels * p.num_taps)), [&](int64_t begin, int64_t end) {
+        kernels.pack_weight[dtype](p, weight.data_ptr(), strides.data(), packed.get(), begin, end);
+      });
   p.weight = packed.get();
   run_tasks(p, kernels.run[dtype]);
 }
@@ -303,9 +307,8 @@ ConvSource plain_source(const Tensor& t) {
   return source;
 }
 
-void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& weight,
-             const std::optional<Tensor>& bias, bool relu, const PoolShape& pool, const Tensor& output,
-             const Tensor* code) {
+void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+             bool relu, const PoolShape& pool, const Tensor& output, const Tensor* code) {
   const DType dtype = dtype_of(input, op, "input");
   const int64_t element = accumulator_size(dtype);
   Scratch<char> wide_bias(s.out_channels * element);
@@ -340,8 +343,8 @@ void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& wei
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding, Ints dilation,
               int64_t groups, bool relu) {
   const ConvShape s = conv_shape("conv2d", input, weight, stride, padding, dilation, groups);
-  const Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w},
-                                 is_channels_last(input) || is_channels_last(weight));
+  const Tensor output =
+      empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, is_channels_last(input) || is_channels_last(weight));
   forward("conv2d", s, input, weight, bias, relu, PoolShape{}, output, nullptr);
   return output;
 }
@@ -433,17 +436,17 @@ void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource
     });
   else
     run_tasks(p, kernels.run_grad[dtype]);
-  torch::stable::parallel_for(0, s.out_channels, ceil_div(16 * 1024, count / s.out_channels),
-                              [&](int64_t begin, int64_t end) {
-                                kernels.sum_slices[dtype](p, weight_result.data_ptr(), begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, s.out_channels, ceil_div(16 * 1024, count / s.out_channels),
+      [&](int64_t begin, int64_t end) { kernels.sum_slices[dtype](p, weight_result.data_ptr(), begin, end); });
   if (bias_result) kernels.sum_bias_slices[dtype](p, bias_result->data_ptr());
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor input, Tensor weight,
                                                    std::optional<Tensor> relu_output, std::optional<Tensor> pool_code,
                                                    Ints stride, Ints padding, Ints dilation, int64_t groups,
-                                                   Ints pool_kernel_size, Ints pool_stride, std::vector<bool> output_mask) {
+                                                   Ints pool_kernel_size, Ints pool_stride,
+                                                   std::vector<bool> output_mask) {
   const char* op = "conv2d_backward";
   const ConvShape s = conv_shape(op, input, weight, stride, padding, dilation, groups);
   const DType dtype = dtype_of(input, op, "input");
@@ -479,8 +482,8 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
   Tensor input_result = output_mask[0] ? empty_4d(input, {s.batch, s.in_channels, s.in_h, s.in_w},
                                                   is_channels_last(input) || is_channels_last(weight))
                                        : none();
-  Tensor weight_result = output_mask[1] ? empty_4d(weight, {s.out_channels, s.group_in(), s.kernel_h, s.kernel_w}, false)
-                                        : none();
+  Tensor weight_result =
+      output_mask[1] ? empty_4d(weight, {s.out_channels, s.group_in(), s.kernel_h, s.kernel_w}, false) : none();
   Tensor bias_result = none();
   if (output_mask[2])
     bias_result = torch::stable::empty({&s.out_channels, 1}, input.scalar_type(), std::nullopt, input.device());
@@ -492,7 +495,8 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
   if (output_mask[0]) grad_input(s, dtype, grad, weight, input_result);
   if (output_mask[1] || output_mask[2]) {
     // The bias gradient is summed on the way of the weight gradient.
-    if (!output_mask[1]) weight_result = empty_4d(weight, {s.out_channels, s.group_in(), s.kernel_h, s.kernel_w}, false);
+    if (!output_mask[1])
+      weight_result = empty_4d(weight, {s.out_channels, s.group_in(), s.kernel_h, s.kernel_w}, false);
     grad_weight(s, dtype, input, grad, weight, weight_result, output_mask[2] ? &bias_result : nullptr);
     if (!output_mask[1]) weight_result = none();
   }

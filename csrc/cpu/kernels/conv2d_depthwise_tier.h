@@ -27,7 +27,7 @@ FASTNN_INLINE int64_t row_taps(const ConvSource& s, const Planes& p, const Tap* 
   for (int64_t t = 0; t < count; ++t) {
     const int64_t row = (y + taps[t].row) * p.step_h + p.phase_h[taps[t].phase] - p.origin_h;
     const int64_t column = taps[t].col * p.step_w + p.phase_w[taps[t].phase] - p.origin_w;
-    if (row >= 0 && row < s.height) 
+    if (row >= 0 && row < s.height)
       out[n++] = {row * s.stride.h + column * s.stride.w, row * s.relu_stride.h + column * s.relu_stride.w, column, t};
   }
   return n;
@@ -130,7 +130,8 @@ void all_channels(const TapConv& p, const T* source, const T* relu, const RowTap
   int64_t c = 0;
   for (; c + kLine * L <= p.groups; c += kLine * L)
     pixels<T, NP, kLine, true, masked>(p, source, relu, taps, count, padded, c, x, L, result);
-  for (; c + L <= p.groups; c += L) pixels<T, NP, 1, true, masked>(p, source, relu, taps, count, padded, c, x, L, result);
+  for (; c + L <= p.groups; c += L)
+    pixels<T, NP, 1, true, masked>(p, source, relu, taps, count, padded, c, x, L, result);
   if (c < p.groups)
     pixels<T, NP, 1, false, masked>(p, source, relu, taps, count, padded, c, x, int(p.groups - c), result);
 }
@@ -195,8 +196,8 @@ FASTNN_INLINE void add_taps(const RowGradient<T>& r, const RowTap* taps, int64_t
 #pragma GCC unroll 9
   for (int t = 0; t < NT; ++t) sum[t] = sums[taps[t].index];
   for (int64_t x = first; x < last; ++x) {
-    const auto g = load_source<T, full, masked>(r.grad + x * r.grad_step, masked ? r.relu + x * r.relu_step : nullptr,
-                                                r.lanes);
+    const auto g =
+        load_source<T, full, masked>(r.grad + x * r.grad_step, masked ? r.relu + x * r.relu_step : nullptr, r.lanes);
 #pragma GCC unroll 9
     for (int t = 0; t < NT; ++t) sum[t] += g * load_lanes<T, full>(r.source + taps[t].offset + x * r.step, r.lanes);
   }
@@ -206,18 +207,19 @@ FASTNN_INLINE void add_taps(const RowGradient<T>& r, const RowTap* taps, int64_t
 
 template <class T, bool full, bool masked>
 void add_all_taps(const RowGradient<T>& r, const RowTap* taps, int64_t count, int64_t first, int64_t last,
-                                Vec<Accumulator<T>>* sums, Vec<Accumulator<T>>* bias) {
+                  Vec<Accumulator<T>>* sums, Vec<Accumulator<T>>* bias) {
   int64_t t = 0;
   for (; t + kMostTaps <= count; t += kMostTaps) add_taps<T, kMostTaps, full, masked>(r, taps + t, first, last, sums);
   for (; t + 3 <= count; t += 3) add_taps<T, 3, full, masked>(r, taps + t, first, last, sums);
   for (; t < count; ++t) add_taps<T, 1, full, masked>(r, taps + t, first, last, sums);
   if (bias)
     for (int64_t x = first; x < last; ++x)
-      *bias += load_source<T, full, masked>(r.grad + x * r.grad_step, masked ? r.relu + x * r.relu_step : nullptr, r.lanes);
+      *bias +=
+          load_source<T, full, masked>(r.grad + x * r.grad_step, masked ? r.relu + x * r.relu_step : nullptr, r.lanes);
 }
 
-// Slices [begin, end) of the rows of all images, every channel. scratch: a vector a tap and channel vector, and one more
-// a channel vector for the bias.
+// Slices [begin, end) of the rows of all images, every channel. scratch: a vector a tap and channel vector, and one
+// more a channel vector for the bias.
 template <class T, bool masked>
 void run_slices(const TapGrad& p, void* scratch, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
@@ -272,8 +274,7 @@ void run_depthwise_grad(const TapGrad& p, void* scratch, int64_t begin, int64_t 
     run_slices<T, false>(p, scratch, begin, end);
 }
 
-#define FASTNN_ALL_DTYPES(function) \
-  { function<double>, function<float>, function<bf16>, function<f16> }
+#define FASTNN_ALL_DTYPES(function) {function<double>, function<float>, function<bf16>, function<f16>}
 const DepthwiseKernels kDepthwiseKernels = {
     FASTNN_ALL_DTYPES(pack_depthwise),
     FASTNN_ALL_DTYPES(run_depthwise),

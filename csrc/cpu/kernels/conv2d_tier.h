@@ -13,11 +13,11 @@
 //
 // Weight gradient (TapGrad), of many channels: both operands are packed position by position, and a tile of MR result
 // channels x NV vectors of source channels accumulates one tap's outer products over all positions of a block. Of few
-// channels, which would not fill the vectors: a tile of MR result channels x NJ (channel, tap) pairs accumulates vectors
-// along the positions, on planes packed as in the forward pass, and is summed across lanes once a block.
+// channels, which would not fill the vectors: a tile of MR result channels x NJ (channel, tap) pairs accumulates
+// vectors along the positions, on planes packed as in the forward pass, and is summed across lanes once a block.
 //
-// Operations: 2 * batch * out_channels * out_h * out_w * (in_channels / groups) * kernel_h * kernel_w a pass. Bytes: each
-// tensor once, plus a packed copy that stays in the cache; rows on a block's border are packed twice.
+// Operations: 2 * batch * out_channels * out_h * out_w * (in_channels / groups) * kernel_h * kernel_w a pass. Bytes:
+// each tensor once, plus a packed copy that stays in the cache; rows on a block's border are packed twice.
 
 #if FASTNN_VECTOR_BYTES == 64
 constexpr int kTileResults = 8, kTilePairs = 6;
@@ -74,8 +74,7 @@ void add_pooled_row(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_
     const T* grad = static_cast<const T*>(s.data) + offset4(s.stride, n, c, py, 0);
     const uint8_t* code = s.pool_code + offset4(s.code_stride, n, c, py, 0);
     Mask<A> first, second;
-    for (int i = 0; i < L; ++i)
-      first[i] = i / 2 + (i % 2 ? L : 0), second[i] = first[i] + L / 2;
+    for (int i = 0; i < L; ++i) first[i] = i / 2 + (i % 2 ? L : 0), second[i] = first[i] + L / 2;
     int64_t px = 0;
     for (; covered && px + L <= pool.out_w; px += L) {
       const Vec<A> g = load(grad + px);
@@ -132,8 +131,7 @@ void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t y_
     } else {
       // The even elements of two vectors; the last one read is before the next one wanted, so never past the row.
       if (step == 2 && !relu)
-        for (; i + L < count; i += L)
-          store(dst + i, __builtin_shuffle(load(src + 2 * i), load(src + 2 * i + L), even));
+        for (; i + L < count; i += L) store(dst + i, __builtin_shuffle(load(src + 2 * i), load(src + 2 * i + L), even));
       for (; i < count; ++i) {
         const A value = to_accumulator(src[i * step]);
         dst[i] = relu && to_accumulator(relu[i * relu_step]) <= 0 ? A(0) : value;
@@ -151,10 +149,10 @@ FASTNN_INLINE Vec<Accumulator<T>> read_channels(const ConvSource& s, int64_t n, 
   if (s.pool_code) {
     const PoolShape& pool = s.pool;
     Vec<A> sum{};
-    for (int64_t py = first_window(y, pool.kernel_h, pool.stride_h);
-         py <= last_window(y, pool.stride_h, pool.out_h); ++py)
-      for (int64_t px = first_window(x, pool.kernel_w, pool.stride_w);
-           px <= last_window(x, pool.stride_w, pool.out_w); ++px) {
+    for (int64_t py = first_window(y, pool.kernel_h, pool.stride_h); py <= last_window(y, pool.stride_h, pool.out_h);
+         ++py)
+      for (int64_t px = first_window(x, pool.kernel_w, pool.stride_w); px <= last_window(x, pool.stride_w, pool.out_w);
+           ++px) {
         const int64_t element = (y - py * pool.stride_h) * pool.kernel_w + x - px * pool.stride_w;
         const uint8_t* code = s.pool_code + offset4(s.code_stride, n, c, py, px);
         const T* grad = data + offset4(s.stride, n, c, py, px);
@@ -202,7 +200,8 @@ FASTNN_INLINE void transpose(Vec<A>* rows) {
   swap_blocks<A, 1>(rows);
 }
 
-// A row of `channels` channels at once (same overrun), channel c at dst + c * plane: a source whose channels are contiguous.
+// A row of `channels` channels at once (same overrun), channel c at dst + c * plane: a source whose channels are
+// contiguous.
 template <class T>
 void read_rows(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int64_t y, int64_t x, int64_t step,
                int64_t count, Accumulator<T>* dst, int64_t plane) {
@@ -396,8 +395,8 @@ void pack_weight(const TapConv& p, const void* weight_, const int64_t* strides, 
       for (int64_t c = 0; c < p.group_channels; ++c)
         for (int64_t t = 0; t < p.num_taps; ++t)
           for (int i = 0; i < width; ++i)
-            *packed++ = to_accumulator(
-                weight[group * strides[0] + (m + i) * strides[1] + c * strides[2] + p.taps[t].weight]);
+            *packed++ =
+                to_accumulator(weight[group * strides[0] + (m + i) * strides[1] + c * strides[2] + p.taps[t].weight]);
       m += width;
     }
   }
@@ -437,8 +436,7 @@ FASTNN_INLINE void write_row(void* data, const Strides4& stride, int64_t n, int6
     }
   } else {
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = 0; i < count; ++i)
-        dst[c * stride.c + i * stride.w] = from_accumulator<T>(src[c * pitch + i]);
+      for (int64_t i = 0; i < count; ++i) dst[c * stride.c + i * stride.w] = from_accumulator<T>(src[c * pitch + i]);
   }
 }
 
@@ -486,8 +484,8 @@ void pool_row(A* row, int64_t pitch, const PoolShape& pool, uint8_t* code, int64
   }
 }
 
-// Writes result channels [m, m + channels) of a block from the panel, pooled first where that is asked for: a pooled row
-// overwrites the first row of its windows, which no later window reads.
+// Writes result channels [m, m + channels) of a block from the panel, pooled first where that is asked for: a pooled
+// row overwrites the first row of its windows, which no later window reads.
 template <class T>
 void write_panel(const TapConv& p, const Block& block, int64_t m, int64_t channels, Accumulator<T>* panel,
                  int64_t pitch) {
@@ -508,7 +506,7 @@ void write_panel(const TapConv& p, const Block& block, int64_t m, int64_t channe
                      p.result.pool_code + offset4(p.result.code_stride, block.n + image, m + c + k, y, 0),
                      p.result.code_stride.w);
         write_row<T>(p.result.data, p.result.stride, block.n + image, m + c, together, y, row, pitch,
-                      pooled ? pool.out_w : p.cols);
+                     pooled ? pool.out_w : p.cols);
       }
 }
 
@@ -563,8 +561,8 @@ void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
       m1 = least(m0 + p.panel, least(limit, m_end));
       for (int64_t c0 = 0; c0 < p.group_channels; c0 += p.depth_channels) {
         const int64_t channels = least(p.depth_channels, p.group_channels - c0);
-        const TileSetting<A> setting{planes.plane, p.num_taps, pitch, offsets, c0 == 0,
-                                     c0 + channels == p.group_channels, p.relu};
+        const TileSetting<A> setting{
+            planes.plane, p.num_taps, pitch, offsets, c0 == 0, c0 + channels == p.group_channels, p.relu};
         for (int64_t r = 0; r < runs; ++r) {
           const int64_t start = r * block.pitch_image, stop = start + run_length;
           for (int64_t at = start, count; at < stop; at += count) {
@@ -591,8 +589,8 @@ void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
 
 // ---- weight gradient, many channels: sums of outer products ----
 
-// As pack_planes, but position by position: channels [0, channels) in groups of `width`, a group's channels contiguous at
-// every position and padded with zeros: packed[(c / width * positions + position) * width + c % width]. `row` holds
+// As pack_planes, but position by position: channels [0, channels) in groups of `width`, a group's channels contiguous
+// at every position and padded with zeros: packed[(c / width * positions + position) * width + c % width]. `row` holds
 // kLanes<A> plane rows.
 template <class T>
 void pack_positions(const ConvSource& s, const Planes& p, const Block& block, int64_t c0, int64_t channels,
@@ -693,8 +691,8 @@ FASTNN_INLINE void outer_tiles(int vectors, const A* grads, int64_t grad_width, 
 // One block of one group: every tap, source channel group and result tile. sums: [m][tap][channel].
 template <class A>
 void outer_block(const A* grads, int64_t grad_width, int64_t results, const A* packed, int64_t positions,
-                 int64_t channels, const int64_t* offsets, int64_t taps, const Block& block, int64_t cols, int64_t pitch,
-                 A* sums, int64_t sums_pitch, int64_t tap_pitch) {
+                 int64_t channels, const int64_t* offsets, int64_t taps, const Block& block, int64_t cols,
+                 int64_t pitch, A* sums, int64_t sums_pitch, int64_t tap_pitch) {
   constexpr int64_t kWidth = kTileVectors * kLanes<A>;
   for (int64_t c = 0; c < channels; c += kWidth) {
     const int64_t left = least(kWidth, channels - c);
@@ -759,8 +757,8 @@ void grad_tile(const A* grads, int64_t grad_plane, const A* planes, const int64_
 }
 
 template <class A, int MR>
-void grad_tiles(const A* grads, int64_t grad_plane, const A* planes, const int64_t* offsets, int64_t pairs, int64_t rows,
-                int64_t cols, int64_t pitch, A* sums, int64_t sums_pitch) {
+void grad_tiles(const A* grads, int64_t grad_plane, const A* planes, const int64_t* offsets, int64_t pairs,
+                int64_t rows, int64_t cols, int64_t pitch, A* sums, int64_t sums_pitch) {
   constexpr int kWide = MR == 1 ? 9 : kTilePairs;
   int64_t j = 0;
   for (; j + kWide <= pairs; j += kWide)
@@ -879,8 +877,8 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
         const int64_t m = first + g * count;
         A* out = sums + m * sums_pitch + c0 * p.num_taps;
         if (finite) {
-          grad_block(grad, grad_planes.plane, count, source, offsets, channels * p.num_taps, 1, whole, planes.pitch, out,
-                     sums_pitch);
+          grad_block(grad, grad_planes.plane, count, source, offsets, channels * p.num_taps, 1, whole, planes.pitch,
+                     out, sums_pitch);
         } else {
           for (int64_t image = 0; image < block.images; ++image)
             grad_block(grad + image * block.pitch_image, grad_planes.plane, count, source + image * block.pitch_image,
@@ -929,13 +927,16 @@ void widen(const void* in, int64_t stride, void* out, int64_t count) {
     static_cast<Accumulator<T>*>(out)[i] = to_accumulator(static_cast<const T*>(in)[i * stride]);
 }
 
-#define FASTNN_ALL_DTYPES(function) \
-  { function<double>, function<float>, function<bf16>, function<f16> }
+#define FASTNN_ALL_DTYPES(function) {function<double>, function<float>, function<bf16>, function<f16>}
 const ConvKernels kConvKernels = {
-    {kLanes<double>, kLanes<float>}, kTileResults,
-    kTileVectors,                    FASTNN_ALL_DTYPES(pack_weight),
-    FASTNN_ALL_DTYPES(run),          FASTNN_ALL_DTYPES(run_grad),
-    FASTNN_ALL_DTYPES(sum_slices),   FASTNN_ALL_DTYPES(sum_bias_slices),
+    {kLanes<double>, kLanes<float>},
+    kTileResults,
+    kTileVectors,
+    FASTNN_ALL_DTYPES(pack_weight),
+    FASTNN_ALL_DTYPES(run),
+    FASTNN_ALL_DTYPES(run_grad),
+    FASTNN_ALL_DTYPES(sum_slices),
+    FASTNN_ALL_DTYPES(sum_bias_slices),
     FASTNN_ALL_DTYPES(widen),
 };
 #undef FASTNN_ALL_DTYPES
