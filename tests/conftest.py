@@ -2,11 +2,19 @@
 
 import logging
 
+import hypothesis
 import pytest
 import torch
 
 import fastnn
 from fastnn import _C
+
+# The same examples every time; `pytest --hypothesis-profile=explore` looks for new ones. The backend fixture may serve
+# all the examples of one test.
+_CHECKS = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, suppress_health_check=_CHECKS)
+hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=_CHECKS, print_blob=True)
+hypothesis.settings.load_profile("fixed")
 
 BACKENDS = [f"cpu-{isa}" for isa in _C.available_isas()]
 

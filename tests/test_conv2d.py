@@ -1,0 +1,832 @@
+"""conv2d, conv2d_relu and conv2d_relu_max_pool2d against float64 native, finite differences and torch's own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as native
+
+import fastnn
+from fastnn.nn import functional as F
+
+from reference import (
+    FLOATING,
+    LAYOUTS,
+    SLACK,
+    conv2d_numpy,
+    error,
+    to_float64,
+    values_and_gradients,
+)
+
+pytestmark = pytest.mark.kernels
+
+
+def native_conv2d_relu(*args: Any, **kwargs: Any) -> Tensor:
+    return native.relu(native.conv2d(*args, **kwargs))
+
+
+def native_conv2d_relu_max_pool2d(
+    *args: Any, pool_kernel_size: Any = 2, pool_stride: Any = None, **kwargs: Any
+) -> Tensor:
+    return native.max_pool2d(native_conv2d_relu(*args, **kwargs), pool_kernel_size, pool_stride)
+
+
+@dataclass(frozen=True)
+class Op:
+    ours: Callable[..., Tensor]
+    native: Callable[..., Tensor]
+
+
+CONV2D = Op(F.conv2d, native.conv2d)
+CONV2D_RELU = Op(F.conv2d_relu, native_conv2d_relu)
+CONV2D_RELU_MAX_POOL2D = Op(F.conv2d_relu_max_pool2d, native_conv2d_relu_max_pool2d)
+OPS = [
+    pytest.param(CONV2D, id="conv2d"),
+    pytest.param(CONV2D_RELU, id="conv2d_relu"),
+    pytest.param(CONV2D_RELU_MAX_POOL2D, id="conv2d_relu_max_pool2d"),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A convolution: its shapes, its arguments, and the layouts of (input, weight, grad_output)."""
+
+    input: tuple[int, ...]
+    weight: tuple[int, int, int, int]
+    bias: bool = True
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    layouts: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous")
+
+    def tensors(self, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """input, weight and bias, their elements from ``draw(shape)``."""
+        x, w = LAYOUTS[self.layouts[0]](draw(self.input)), LAYOUTS[self.layouts[1]](draw(self.weight))
+        return x, w, draw(self.weight[:1]) if self.bias else None
+
+    def grad_output(self, output: Tensor, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+        return LAYOUTS[self.layouts[2]](draw(tuple(output.shape)))
+
+    @property
+    def native_gradient_crashes(self) -> bool:
+        """torch 2.13 on the CPU: a strided 1x1 convolution's gradients, for some layouts and channel counts."""
+        return self.weight[2:] == (1, 1) and self.kwargs.get("stride", 1) not in (1, (1, 1))
+
+
+def one_or_pair(draw: st.DrawFn, values: st.SearchStrategy[int]) -> tuple[Any, tuple[int, int]]:
+    """An argument as an int or a pair, and the pair it means."""
+    if draw(st.booleans()):
+        value = draw(values)
+        return value, (value, value)
+    pair = (draw(values), draw(values))
+    return pair, pair
+
+
+@st.composite
+def cases(draw: st.DrawFn, min_output: int = 1) -> Case:
+    """Convolutions of small tensors; output widths up to 40 cover every tail of every vector width."""
+    kernel = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)) | st.sampled_from([(1, 1), (3, 3), (5, 5)]))
+    stride, strides = one_or_pair(draw, st.integers(1, 3))
+    dilation, dilations = one_or_pair(draw, st.integers(1, 3))
+    padding: Any
+    if strides == (1, 1) and draw(st.integers(0, 4)) == 0:
+        padding = "same"
+        pads = tuple(d * (k - 1) / 2 for d, k in zip(dilations, kernel, strict=True))
+    elif draw(st.integers(0, 9)) == 0:
+        padding, pads = "valid", (0, 0)
+    else:
+        padding, pads = one_or_pair(draw, st.integers(0, 4))
+    output = (draw(st.integers(min_output, 7)), draw(st.integers(min_output, 40)))
+    # Sizes that the last window does not reach the end of, too.
+    size = [
+        max(1, int((o - 1) * s + d * (k - 1) + 1 - 2 * p) + draw(st.integers(0, s - 1)))
+        for o, s, d, k, p in zip(output, strides, dilations, kernel, pads, strict=True)
+    ]
+    channels = st.integers(1, 5) | st.sampled_from([7, 8, 16, 17, 33])
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 4]))
+    per_group = draw(channels if groups == 1 else st.integers(1, 3))  # 1: depthwise
+    out_per_group = draw(channels if groups == 1 else st.integers(1, 3))
+    batch = draw(st.sampled_from([(), (0,), (1,), (2,), (3,)]))
+    layout = st.sampled_from(["contiguous", "contiguous", "channels_last", "channels_last", *LAYOUTS])
+    return Case(
+        (*batch, groups * per_group, *size),
+        (groups * out_per_group, per_group, *kernel),
+        bias=draw(st.booleans()),
+        kwargs={"stride": stride, "padding": padding, "dilation": dilation, "groups": groups},
+        layouts=(draw(layout), draw(layout), draw(layout)),
+    )
+
+
+POOLS = st.fixed_dictionaries(
+    {
+        "pool_kernel_size": st.sampled_from([2, 3, (2, 3), (3, 1), (1, 4)]),
+        "pool_stride": st.sampled_from([None, 1, 2, 3, (2, 1), (1, 4)]),
+    }
+)
+
+
+def integers(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Mostly zeros, and -1, 1: every sum of them is exact in every dtype's accumulator, and ties abound."""
+    return torch.randint(-1, 2, shape, dtype=dtype) * torch.randint(0, 2, shape, dtype=dtype)
+
+
+def normals(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def offset_normals(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Values whose differences are small beside them."""
+    return (torch.randn(shape, dtype=torch.float64) + 50).to(dtype)
+
+
+def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}", check_stride=False
+    )
+
+
+NAMES = ("output", "grad_input", "grad_weight", "grad_bias")
+
+
+@given(case=cases(), dtype=st.sampled_from(FLOATING), seed=st.integers(0, 99), data=st.data())
+@settings(max_examples=120)
+@pytest.mark.parametrize("op", OPS)
+def test_integers_are_exact(backend, op, case, dtype, seed, data):
+    """On small integers no rounding hides a wrong index: results and gradients are float64's, rounded once."""
+    torch.manual_seed(seed)
+    kwargs = dict(case.kwargs)
+    if op is CONV2D_RELU_MAX_POOL2D:
+        # float64 for the output: the gradient takes a path that depends on it, so it must not be rounded.
+        kwargs |= data.draw(POOLS)
+    draw = partial(integers, dtype)
+    inputs = case.tensors(draw)
+    exact_inputs = tuple(map(to_float64, inputs))
+    try:
+        exact_output = op.native(*exact_inputs, **kwargs)
+    except RuntimeError:  # the pool's window is larger than the convolution's output
+        with pytest.raises(RuntimeError):
+            op.ours(*inputs, **kwargs)
+        return
+    grad_output = case.grad_output(exact_output, draw)
+    exact = values_and_gradients(partial(op.native, **kwargs), exact_inputs, to_float64(grad_output))
+    actual = values_and_gradients(partial(op.ours, **kwargs), inputs, grad_output)
+    for name, a, e in zip(NAMES, actual, exact, strict=False):
+        assert_same(a, e.to(dtype), name)
+
+
+@given(
+    case=cases(),
+    dtype=st.sampled_from(FLOATING),
+    distribution=st.sampled_from([normals, normals, offset_normals]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=120)
+def test_error_is_no_worse_than_natives(backend, case, dtype, distribution, seed):
+    torch.manual_seed(seed)
+    draw = partial(distribution, dtype)
+    inputs = case.tensors(draw)
+    exact_inputs = tuple(map(to_float64, inputs))
+    grad_output = case.grad_output(native.conv2d(*exact_inputs, **case.kwargs), draw)
+    ours = values_and_gradients(partial(F.conv2d, **case.kwargs), inputs, grad_output)
+    reference = partial(native.conv2d, **case.kwargs)
+    exact = values_and_gradients(reference, exact_inputs, to_float64(grad_output))
+    magnitudes = values_and_gradients(
+        reference, tuple(None if t is None else t.abs() for t in exact_inputs), to_float64(grad_output).abs()
+    )
+    contiguous = tuple(None if t is None else t.contiguous() for t in inputs)
+    if case.native_gradient_crashes:
+        natives = [e.to(dtype) for e in exact]
+    else:
+        natives = values_and_gradients(reference, contiguous, grad_output.contiguous())
+    for name, o, n, e, magnitude in zip(NAMES, ours, natives, exact, magnitudes, strict=False):
+        allowed = error(n, e, magnitude) + SLACK[dtype] * torch.finfo(dtype).eps
+        assert error(o, e, magnitude) <= allowed, name
+
+
+@given(case=cases(), pool=POOLS, seed=st.integers(0, 99), data=st.data())
+@settings(max_examples=80)
+def test_fused_gradients_are_natives(backend, case, pool, seed, data):
+    """In float64, where no two implementations disagree on which of two real numbers is larger."""
+    torch.manual_seed(seed)
+    op, kwargs = data.draw(st.sampled_from([(CONV2D_RELU, {}), (CONV2D_RELU_MAX_POOL2D, pool)]))
+    kwargs = case.kwargs | kwargs
+    draw = partial(normals, torch.float64)
+    inputs = case.tensors(draw)
+    try:
+        output = op.native(*inputs, **kwargs)
+    except RuntimeError:
+        return
+    grad_output = case.grad_output(output, draw)
+    contiguous = tuple(map(to_float64, inputs))
+    exact = values_and_gradients(partial(op.native, **kwargs), contiguous, to_float64(grad_output))
+    actual = values_and_gradients(partial(op.ours, **kwargs), inputs, grad_output)
+    for name, a, e in zip(NAMES, actual, exact, strict=False):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@given(case=cases(), dtype=st.sampled_from(FLOATING), op=st.sampled_from([CONV2D, CONV2D_RELU]), data=st.data())
+@settings(max_examples=80)
+def test_infinities_and_nans_reach_the_same_outputs(backend, case, dtype, op, data):
+    """An infinity or a NaN in the input is seen by the windows that hold it and by no other."""
+    special = data.draw(st.lists(st.sampled_from([float("inf"), -float("inf"), float("nan"), -0.0]), max_size=3))
+    x, w, b = case.tensors(partial(normals, dtype))
+    if x.numel() and case.layouts[0] != "expanded":
+        for value in special:
+            x[tuple(data.draw(st.integers(0, size - 1)) for size in x.shape)] = value
+    actual = op.ours(x, w, b, **case.kwargs)
+    exact = op.native(to_float64(x), to_float64(w), to_float64(b), **case.kwargs)
+    assert_same(actual.isnan(), exact.isnan(), "NaN")
+    assert_same(actual == torch.inf, exact == torch.inf, "inf")
+    assert_same(actual == -torch.inf, exact == -torch.inf, "-inf")
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_overflow_and_underflow(backend, dtype):
+    """Sums that leave the dtype's range are infinite, and subnormal ones are kept, as the float64 sums rounded."""
+    finfo = torch.finfo(dtype)
+    x = torch.tensor([finfo.max, -finfo.max, finfo.max / 2, finfo.tiny, finfo.tiny / 4], dtype=dtype)
+    x = x.view(5, 1, 1, 1).expand(5, 1, 9, 19)
+    w = torch.ones(3, 1, 1, 2, dtype=dtype)
+    exact = native.conv2d(to_float64(x) / 4, to_float64(w)) * 4  # /4: float64 itself must not overflow here
+    assert_same(F.conv2d(x, w), exact.to(dtype), "output")
+
+
+@pytest.mark.parametrize("pool_stride", [None, 1, 3])
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_pool_of_infinities_and_nans(backend, special, pool_stride, layout):
+    """NaN wins its window, whichever element of several native chooses gets the gradient, and -inf loses to 0."""
+    x = integers(torch.float64, (2, 4, 12, 23))
+    x[:, ::2][torch.rand(2, 2, 12, 23) < 0.1] = special
+    x, w = LAYOUTS[layout](x), integers(torch.float64, (6, 2, 1, 1))
+    kwargs = {"groups": 2, "pool_kernel_size": (2, 3), "pool_stride": pool_stride}
+    output = native_conv2d_relu_max_pool2d(x, w, **kwargs)
+    grad_output = integers(torch.float64, tuple(output.shape))
+    ours = values_and_gradients(partial(F.conv2d_relu_max_pool2d, **kwargs), (x, w), grad_output)
+    exact = values_and_gradients(partial(native_conv2d_relu_max_pool2d, **kwargs), (x.contiguous(), w), grad_output)
+    for name, a, e in zip(NAMES, ours, exact, strict=False):
+        assert_same(a, e, name)
+
+
+SOME_CASES = [
+    Case((2, 3, 9, 11), (4, 3, 3, 3), kwargs={"padding": 1}),
+    Case((1, 3, 17, 16), (8, 3, 7, 7), kwargs={"padding": 3, "stride": 2}),
+    Case((2, 4, 8, 7), (6, 2, 2, 3), kwargs={"padding": (0, 2), "stride": (2, 1), "dilation": (1, 2), "groups": 2}),
+    Case((2, 6, 7, 9), (6, 1, 3, 3), kwargs={"padding": 1, "groups": 6}),
+    Case((1, 4, 6, 8), (12, 1, 5, 3), kwargs={"padding": 2, "stride": 2, "groups": 4}),
+    Case((3, 16, 5, 5), (24, 16, 1, 1)),
+    Case((1, 5, 6, 6), (3, 5, 1, 1), kwargs={"stride": 2, "padding": 1}),
+]
+
+
+@pytest.mark.parametrize("case", SOME_CASES, ids=str)
+def test_matches_the_definition(backend, case):
+    """The output and every gradient against loops in numpy: an oracle that is not torch's convolution."""
+    x, w, b = case.tensors(partial(normals, torch.float64))
+    pairs = {
+        name: (value, value) if isinstance(value, int) else value
+        for name, value in {"stride": 1, "padding": 0, "dilation": 1, **case.kwargs}.items()
+        if name != "groups"
+    }
+    output_shape = native.conv2d(x, w, b, **case.kwargs).shape
+    grad_output = normals(torch.float64, tuple(output_shape))
+    exact = conv2d_numpy(
+        *(t.numpy() for t in (x, w, b, grad_output)), **pairs, groups=case.kwargs.get("groups", 1)
+    )
+    actual = values_and_gradients(partial(F.conv2d, **case.kwargs), (x, w, b), grad_output)
+    for a, e in zip(actual, exact, strict=True):
+        np.testing.assert_allclose(a.numpy(), e, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("width", range(1, 41))
+def test_every_tail(backend, width):
+    """Output widths and channel counts one by one, in float32, where the vectors are widest."""
+    x, w, b = Case((2, width, 5, width), (width, width, 3, 3)).tensors(partial(integers, torch.float32))
+    grad_output = integers(torch.float32, (2, width, 5, width))
+    for layout in ("contiguous", "channels_last"):
+        conv = partial(F.conv2d, padding=1)
+        actual = values_and_gradients(conv, (LAYOUTS[layout](x), w, b), LAYOUTS[layout](grad_output))
+        exact = values_and_gradients(partial(native.conv2d, padding=1), (x, w, b), grad_output)
+        for name, a, e in zip(NAMES, actual, exact, strict=True):
+            assert_same(a, e, f"{layout} {name}")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("grads", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)])
+def test_only_the_gradients_asked_for(backend, op, grads):
+    inputs = Case((2, 3, 8, 9), (4, 3, 3, 3)).tensors(partial(normals, torch.float64))
+    results = []
+    for function in (op.ours, op.native):
+        leaves = [t.clone().requires_grad_(wanted) for t, wanted in zip(inputs, grads, strict=True)]
+        function(*leaves, padding=1).sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours is None) == (exact is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, exact)
+
+
+# ---- derivatives against finite differences ----
+
+DERIVATIVE_CASES = [
+    Case((2, 2, 5, 6), (3, 2, 3, 3), kwargs={"padding": 1}),
+    Case((2, 2, 5, 6), (3, 2, 3, 3), bias=False, layouts=("channels_last", "contiguous", "contiguous")),
+    Case((1, 3, 5, 4), (2, 3, 1, 1), layouts=("channels_last", "channels_last", "contiguous")),
+    Case((1, 2, 7, 6), (2, 2, 3, 2), kwargs={"stride": 2, "padding": (1, 0)}, layouts=("sliced", "transposed", "")),
+    Case((2, 5, 5), (3, 2, 2, 3), kwargs={"padding": "same"}),
+    Case((1, 2, 7, 7), (2, 2, 2, 2), kwargs={"dilation": (2, 3), "padding": 1}, layouts=("transposed", "sliced", "")),
+    Case((2, 4, 4, 5), (4, 2, 3, 3), kwargs={"groups": 2, "padding": 1}),
+    Case((1, 3, 5, 5), (3, 1, 3, 3), kwargs={"groups": 3, "padding": 1}),
+    Case((1, 3, 5, 6), (6, 1, 3, 3), kwargs={"groups": 3, "padding": 1, "stride": 2}, layouts=("channels_last", "offset", "")),
+    Case((2, 2, 4, 4), (2, 2, 2, 2), layouts=("expanded", "contiguous", "")),
+    Case((0, 2, 4, 4), (2, 2, 3, 3), kwargs={"padding": 1}),
+]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", DERIVATIVE_CASES, ids=str)
+def test_derivatives(backend, op, case):
+    """First and second derivatives are those of finite differences."""
+    inputs = [None if t is None else t.requires_grad_() for t in case.tensors(partial(normals, torch.float64))]
+    function = partial(op.ours, **case.kwargs)
+    # Steps along an expanded dimension would move all its elements at once.
+    if "expanded" in case.layouts:
+        base = [None if t is None else t[:1].detach().clone().requires_grad_() for t in inputs[:1]] + inputs[1:]
+        function = lambda x, *rest: op.ours(x.expand(case.input), *rest, **case.kwargs)  # noqa: E731
+        inputs = base
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("pool", [{"pool_kernel_size": 3}, {"pool_kernel_size": (2, 3), "pool_stride": (1, 2)}], ids=str)
+def test_pool_derivatives(backend, pool):
+    """Also where windows overlap, so that one convolution output gets several gradients."""
+    inputs = Case((2, 2, 6, 8), (3, 2, 3, 3)).tensors(partial(normals, torch.float64))
+    inputs = [t.requires_grad_() for t in inputs]
+    function = partial(F.conv2d_relu_max_pool2d, padding=1, **pool)
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+# ---- the raw operators ----
+
+
+def conv2d_arguments(relu: bool, **changes: Any) -> tuple[Any, ...]:
+    x, w, b = Case((2, 2, 5, 6), (4, 2, 3, 3)).tensors(partial(normals, torch.float64))
+    return tuple(({"x": x, "w": w, "b": b} | changes).values()) + ([1, 2], [1, 1, 0, 2], [1, 1], 1, relu)
+
+
+def pool_arguments() -> tuple[Any, ...]:
+    return (*conv2d_arguments(False)[:-1], [2, 2], [2, 2])
+
+
+def backward_arguments(kind: str) -> tuple[Any, ...]:
+    """conv2d_backward's arguments after a plain convolution, one with ReLU, and one with ReLU and max-pooling."""
+    x, w, b, *convolution, _ = conv2d_arguments(False)
+    output = code = None
+    if kind == "pool":
+        result, code = torch.ops.fastnn.conv2d_relu_max_pool2d(*pool_arguments()[:-2], [2, 2], [2, 2])
+    else:
+        result = torch.ops.fastnn.conv2d(x, w, b, *convolution, kind == "relu")
+        output = result if kind == "relu" else None
+    grad_output = normals(torch.float64, tuple(result.shape))
+    pool = [2, 2] if kind == "pool" else []
+    return (grad_output, x, w, output, code, *convolution, pool, pool, [True, True, True])
+
+
+def raw_calls() -> list[Any]:
+    ops = torch.ops.fastnn
+    return [
+        pytest.param(ops.conv2d.default, lambda: conv2d_arguments(False), id="conv2d"),
+        pytest.param(ops.conv2d.default, lambda: conv2d_arguments(True), id="conv2d+relu"),
+        pytest.param(ops.conv2d_relu_max_pool2d.default, pool_arguments, id="conv2d_relu_max_pool2d"),
+        *(
+            pytest.param(ops.conv2d_backward.default, partial(backward_arguments, kind), id=f"conv2d_backward+{kind}")
+            for kind in ("plain", "relu", "pool")
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("op", "arguments"), raw_calls())
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(backend, op, arguments, requires_grad):
+    args = arguments()
+    if requires_grad:
+        args = tuple(a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+        try:
+            op(*args)
+        except RuntimeError as refusal:
+            assert "not differentiable" in str(refusal)  # noqa: PT017
+            return
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize(("op", "arguments"), raw_calls())
+def test_raw_operator_differentiates_or_raises(backend, op, arguments):
+    args = list(arguments())
+    leaves = [a.requires_grad_() for a in args[:3]]
+    try:
+        outputs = op(*args)
+    except RuntimeError as refusal:
+        assert "not differentiable" in str(refusal)  # noqa: PT017
+        return
+    outputs = [t for t in ([outputs] if isinstance(outputs, Tensor) else outputs) if t.is_floating_point()]
+    assert all(t.requires_grad for t in outputs)
+    assert gradcheck(lambda *t: first_floating(op(*t, *args[3:])), leaves)
+
+
+def first_floating(outputs: Any) -> Any:
+    return outputs if isinstance(outputs, Tensor) else tuple(t for t in outputs if t.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x": torch.zeros(2, 5, 6)},
+        {"x": torch.zeros(2, 2, 5, 6)},
+        {"x": torch.zeros(2, 3, 5, 6, dtype=torch.float64)},
+        {"w": torch.zeros(4, 2, 3, dtype=torch.float64)},
+        {"w": torch.zeros(4, 2, 30, 3, dtype=torch.float64)},
+        {"b": torch.zeros(5, dtype=torch.float64)},
+    ],
+    ids=str,
+)
+def test_raw_operator_refuses_wrong_arguments(backend, wrong):
+    with pytest.raises(RuntimeError, match="conv2d"):
+        torch.ops.fastnn.conv2d(*conv2d_arguments(False, **wrong))
+    with pytest.raises(RuntimeError, match="conv2d"):
+        torch.ops.fastnn.conv2d_relu_max_pool2d(*conv2d_arguments(False, **wrong)[:-1], [2, 2], [2, 2])
+
+
+def test_raw_backward_never_trusts_the_pool_code(backend):
+    """Codes no forward pass writes: an error or any numbers, but no access outside of the tensors."""
+    grad_output, x, w, _, code, *rest = backward_arguments("pool")
+    for value in (4, 200, 254, 255):
+        code = torch.full_like(code, value)
+        try:
+            gradients = torch.ops.fastnn.conv2d_backward(grad_output, x, w, None, code, *rest)
+        except RuntimeError:
+            continue
+        assert gradients[0].shape == x.shape
+
+
+# ---- memory ----
+
+
+def saved_bytes_beyond(arguments: tuple[Tensor, ...], function: Callable[..., Tensor]) -> int:
+    """Bytes of the distinct storages that the graph of ``function(*arguments)`` keeps, other than the arguments'."""
+    known = {t.untyped_storage().data_ptr() for t in arguments}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(*arguments)
+    assert output.requires_grad
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_saved_memory(backend, layout):
+    x, w, b = Case((2, 3, 32, 32), (16, 3, 3, 3)).tensors(partial(normals, torch.float32))
+    inputs = (LAYOUTS[layout](x).requires_grad_(), w.requires_grad_(), b.requires_grad_())
+    conv_output = 2 * 16 * 32 * 32
+    assert saved_bytes_beyond(inputs, partial(F.conv2d, padding=1)) == 0
+    assert saved_bytes_beyond(inputs, partial(F.conv2d_relu, padding=1)) <= 4 * conv_output
+    assert saved_bytes_beyond(inputs, partial(F.conv2d_relu_max_pool2d, padding=1)) <= conv_output
+
+
+# ---- layouts ----
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("input_layout", list(LAYOUTS))
+def test_output_layout_is_natives(backend, input_layout, weight_layout, groups):
+    """channels_last if either the input or the weight is."""
+    case = Case((2, 4, 6, 7), (8, 4 // groups, 3, 3), layouts=(input_layout, weight_layout, "contiguous"))
+    inputs = case.tensors(partial(normals, torch.float32))
+    exact = native.conv2d(*inputs, groups=groups)
+    assert F.conv2d(*inputs, groups=groups).stride() == exact.stride()
+    assert F.conv2d_relu(*inputs, groups=groups).stride() == exact.stride()
+    pooled = F.conv2d_relu_max_pool2d(*inputs, groups=groups)
+    memory_format = torch.channels_last if exact.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    assert pooled.is_contiguous(memory_format=memory_format)
+
+
+# ---- the samples inside the torch wheel ----
+
+
+def wheel_samples(dtype: torch.dtype, requires_grad: bool) -> list[Any]:
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (info,) = (op for op in op_db if op.name == "nn.functional.conv2d")
+    return list(info.sample_inputs("cpu", dtype, requires_grad=requires_grad))
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_wheel_samples(backend, op, dtype):
+    samples = wheel_samples(dtype, requires_grad=False)
+    assert len(samples) >= 30
+    for sample in samples:
+        inputs = (sample.input, *sample.args)
+        exact_inputs = tuple(map(to_float64, inputs))
+        try:
+            exact_output = op.native(*exact_inputs, **sample.kwargs)
+        except RuntimeError as exact_error:  # a pool larger than what the convolution gives
+            with pytest.raises(RuntimeError) as ours_error:
+                op.ours(*inputs, **sample.kwargs)
+            assert str(ours_error.value) == str(exact_error)
+            continue
+        grad_output = normals(dtype, tuple(exact_output.shape))
+        exact = values_and_gradients(partial(op.native, **sample.kwargs), exact_inputs, to_float64(grad_output))
+        ours = values_and_gradients(partial(op.ours, **sample.kwargs), inputs, grad_output)
+        for name, o, e in zip(NAMES, ours, exact, strict=False):
+            # Samples reach +-9, so sums reach hundreds; a float16 gradient is a sum of up to 50 of these.
+            tolerance = 32 * torch.finfo(dtype).eps * float(e.abs().max().clamp_min(1))
+            torch.testing.assert_close(o.to(torch.float64), e, rtol=0, atol=tolerance, msg=lambda t, n=name: f"{n}: {t}")
+
+
+@pytest.mark.expects_native
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.complex128], ids=str)
+def test_wheel_samples_without_a_kernel(backend, dtype):
+    for sample in wheel_samples(dtype, requires_grad=dtype.is_complex):
+        exact = native.conv2d(sample.input, *sample.args, **sample.kwargs)
+        ours = F.conv2d(sample.input, *sample.args, **sample.kwargs)
+        assert_same(ours, exact, "output")
+        if dtype.is_complex:
+            leaves = [t for t in (sample.input, *sample.args) if t is not None]
+            for o, e in zip(
+                torch.autograd.grad(ours.abs().sum(), leaves), torch.autograd.grad(exact.abs().sum(), leaves), strict=True
+            ):
+                torch.testing.assert_close(o, e)
+
+
+def raised(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[type[BaseException], str]:
+    try:
+        function(*args, **kwargs)
+    except Exception as exception:
+        return type(exception), str(exception)
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.expects_native
+def test_wheel_error_inputs(backend):
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (info,) = (op for op in op_db if op.name == "nn.functional.conv2d")
+    errors = list(info.error_inputs("cpu"))
+    assert len(errors) >= 10
+    for case in errors:
+        sample = case.sample_input
+        inputs = (sample.input, *sample.args)
+        assert raised(F.conv2d, *inputs, **sample.kwargs) == raised(native.conv2d, *inputs, **sample.kwargs)
+        for op in (CONV2D_RELU, CONV2D_RELU_MAX_POOL2D):
+            assert raised(op.ours, *inputs, **sample.kwargs) == raised(op.native, *inputs, **sample.kwargs)
+
+
+ZEROS = torch.zeros
+MORE_ERRORS = [
+    ((ZEROS(2, 3, 5), ZEROS(4, 2, 3, 3)), {}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 2, 3, 3)), {}),
+    ((ZEROS(3, 3), ZEROS(4, 3, 3, 3)), {}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 7, 7)), {}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3), ZEROS(5)), {}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3), ZEROS(2, 2)), {}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3)), {}),
+    ((ZEROS(1, 4, 5, 5), ZEROS(3, 2, 3, 3)), {"groups": 2}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"groups": 0}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"groups": -1}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"stride": 0}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"stride": (1, 2, 3)}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"padding": -1}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"padding": "full"}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"padding": "same", "stride": 2}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"padding": 1.5}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"dilation": 0}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3, dtype=torch.float64)), {}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3), ZEROS(4, dtype=torch.float64)), {}),
+    ((ZEROS(1, 0, 5, 5), ZEROS(4, 0, 3, 3)), {}),
+    ((ZEROS(1, 3, 0, 5), ZEROS(4, 3, 1, 1)), {}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(0, 3, 3, 3)), {}),
+    ((ZEROS(1, 3, 5, 5), None), {}),
+    (([1.0], ZEROS(4, 3, 3, 3)), {}),
+    ((ZEROS(1, 3, 5, 5),), {}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"no_such_argument": 1}),
+]
+
+
+@pytest.mark.expects_native
+@pytest.mark.parametrize(("args", "kwargs"), MORE_ERRORS)
+def test_errors_are_natives(backend, args, kwargs):
+    """The error, type and text, or where native has an answer after all, that answer."""
+    try:
+        exact = native.conv2d(*args, **kwargs)
+    except Exception as exception:
+        kind, text = raised(F.conv2d, *args, **kwargs)
+        assert kind is type(exception)
+        if kind is not TypeError:  # native's names its own overloads
+            assert text == str(exception)
+        with pytest.raises(type(exception)):
+            F.conv2d_relu_max_pool2d(*args, **kwargs)
+    else:
+        torch.testing.assert_close(F.conv2d(*args, **kwargs), exact)
+
+
+@pytest.mark.expects_native
+@pytest.mark.parametrize(
+    "pool",
+    [
+        {"pool_kernel_size": 9},
+        {"pool_kernel_size": 0},
+        {"pool_stride": 0},
+        {"pool_kernel_size": (1, 2, 3)},
+        {"pool_kernel_size": "2"},
+        {"pool_stride": -1},
+    ],
+    ids=str,
+)
+def test_pool_errors_are_natives(backend, pool):
+    args = (ZEROS(1, 3, 8, 8), ZEROS(4, 3, 3, 3))
+    assert raised(F.conv2d_relu_max_pool2d, *args, **pool) == raised(native_conv2d_relu_max_pool2d, *args, **pool)
+
+
+@pytest.mark.expects_native
+def test_a_large_pool_window(backend):
+    """More elements than a code of one byte can name."""
+    x, w, b = Case((1, 2, 40, 40), (3, 2, 3, 3)).tensors(partial(normals, torch.float64))
+    grad_output = normals(torch.float64, (1, 3, 2, 2))
+    ours = values_and_gradients(partial(F.conv2d_relu_max_pool2d, pool_kernel_size=17), (x, w, b), grad_output)
+    exact = values_and_gradients(partial(native_conv2d_relu_max_pool2d, pool_kernel_size=17), (x, w, b), grad_output)
+    for o, e in zip(ours, exact, strict=True):
+        torch.testing.assert_close(o, e)
+
+
+def module_samples() -> list[Any]:
+    """Every nn.Conv2d of torch's own module tests, as (constructor arguments, input shape)."""
+    from torch.testing._internal.common_modules import module_db
+    from torch.testing._internal.common_nn import get_new_module_tests, module_tests
+
+    samples = []
+    (info,) = (m for m in module_db if m.name == "nn.Conv2d")
+    for m in info.module_inputs_func(info, "cpu", torch.float64, requires_grad=False, training=True):
+        args, kwargs = m.constructor_input.args, m.constructor_input.kwargs
+        samples.append(((args, kwargs), tuple(m.forward_input.args[0].shape)))
+    for test in [*module_tests, *get_new_module_tests()]:
+        if test.get("module_name") == "Conv2d":
+            samples.append(((test["constructor_args"], {}), test["input_size"]))
+        elif test.get("fullname", "").startswith("Conv2d_"):
+            module = test["constructor"]()
+            names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+            samples.append((((), {name: getattr(module, name) for name in names}), test["input_size"]))
+    return samples
+
+
+def test_wheel_module_samples(backend):
+    samples = module_samples()
+    assert len(samples) >= 20
+    for (args, kwargs), shape in samples:
+        exact_module = torch.nn.Conv2d(*args, **kwargs, dtype=torch.float64)
+        module = fastnn.nn.Conv2d(*args, **kwargs, dtype=torch.float64)
+        module.load_state_dict(exact_module.state_dict())
+        x = normals(torch.float64, shape).requires_grad_()
+        ours, exact = module(x), exact_module(x)
+        torch.testing.assert_close(ours, exact)
+        grad_output = normals(torch.float64, tuple(exact.shape))
+        for o, e in zip(
+            torch.autograd.grad(ours, [x, *module.parameters()], grad_output),
+            torch.autograd.grad(exact, [x, *exact_module.parameters()], grad_output),
+            strict=True,
+        ):
+            torch.testing.assert_close(o, e)
+        assert gradcheck(module, (x,))
+
+
+# ---- transforms, autocast, fake tensors ----
+
+
+@pytest.mark.expects_native
+@pytest.mark.parametrize("op", OPS)
+def test_transforms(backend, op):
+    x, w, b = Case((2, 3, 6, 7), (4, 3, 3, 3)).tensors(partial(normals, torch.float64))
+    stacked = normals(torch.float64, (5, 2, 3, 6, 7))
+    torch.testing.assert_close(
+        torch.vmap(op.ours, in_dims=(0, None, None))(stacked, w, b),
+        torch.vmap(op.native, in_dims=(0, None, None))(stacked, w, b),
+    )
+    tangents = tuple(map(torch.ones_like, (x, w, b)))
+    for o, e in zip(
+        torch.func.jvp(op.ours, (x, w, b), tangents), torch.func.jvp(op.native, (x, w, b), tangents), strict=True
+    ):
+        torch.testing.assert_close(o, e)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangents[0])
+        ours, exact = op.ours(dual, w, b), op.native(dual, w, b)
+        torch.testing.assert_close(
+            torch.autograd.forward_ad.unpack_dual(ours).tangent, torch.autograd.forward_ad.unpack_dual(exact).tangent
+        )
+
+    def loss(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        return function(*args).square().sum()
+
+    for transform in (torch.func.grad, torch.func.hessian):
+        torch.testing.assert_close(
+            transform(partial(loss, op.ours), argnums=2)(x, w, b), transform(partial(loss, op.native), argnums=2)(x, w, b)
+        )
+    per_sample = torch.vmap(torch.func.grad(partial(loss, op.ours), argnums=1), in_dims=(0, None, None))(x, w, b)
+    exact = torch.vmap(torch.func.grad(partial(loss, op.native), argnums=1), in_dims=(0, None, None))(x, w, b)
+    torch.testing.assert_close(per_sample, exact)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_autocast(request, backend, op, dtype, input_dtype):
+    request.applymarker(pytest.mark.expects_native)  # float64 is native's to decide
+    x, w, b = Case((2, 3, 6, 7), (4, 3, 3, 3)).tensors(partial(normals, torch.float32))
+    x = x.to(input_dtype)
+    gradients = []
+    with torch.autocast("cpu", dtype=dtype):
+        for function in (op.ours, op.native):
+            leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+            try:
+                output = function(*leaves)
+            except RuntimeError as exception:
+                gradients.append(str(exception))
+                continue
+            output.sum().backward()
+            gradients.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    if isinstance(gradients[1], str):
+        assert gradients[0] == gradients[1]
+        return
+    for o, e in zip(*gradients, strict=True):
+        assert o.dtype is e.dtype
+        torch.testing.assert_close(o, e, rtol=0.02, atol=0.05 * float(e.abs().max()))
+
+
+@pytest.mark.expects_native
+@pytest.mark.parametrize("op", OPS)
+def test_meta_and_fake_tensors(backend, op):
+    x, w, b = Case((2, 3, 6, 7), (4, 3, 3, 3)).tensors(partial(normals, torch.float32))
+    exact = op.native(x, w, b, padding=1)
+    on_meta = op.ours(*(t.to("meta") for t in (x, w, b)), padding=1)
+    assert (on_meta.shape, on_meta.dtype) == (exact.shape, exact.dtype)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = op.ours(*map(mode.from_tensor, (x, w, b)), padding=1)
+        assert (fake.shape, fake.dtype, fake.stride()) == (exact.shape, exact.dtype, exact.stride())
+
+
+@pytest.mark.expects_native
+def test_layouts_and_types_without_a_kernel(backend):
+    x, w, b = Case((2, 3, 6, 7), (4, 3, 3, 3)).tensors(partial(normals, torch.float32))
+
+    class Wrapped(Tensor):
+        pass
+
+    wrapped = F.conv2d(x.as_subclass(Wrapped), w, b)
+    assert type(wrapped) is Wrapped
+    assert_same(wrapped.as_subclass(Tensor), native.conv2d(x, w, b), "subclass")
+    dense = x.to_mkldnn()
+    torch.testing.assert_close(
+        F.conv2d(dense, w.to_mkldnn(), b.to_mkldnn()).to_dense(), native.conv2d(x, w, b)
+    ) if torch.backends.mkldnn.is_available() else None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_arguments_by_position_and_by_name(backend, op):
+    x, w, b = Case((2, 4, 9, 9), (6, 2, 3, 3)).tensors(partial(normals, torch.float64))
+    by_position = op.ours(x, w, b, (2, 1), (1, 2), (1, 2), 2)
+    exact = op.native(x, w, b, (2, 1), (1, 2), (1, 2), 2)
+    torch.testing.assert_close(by_position, exact)
+    by_name = op.ours(
+        input=x, weight=w, bias=b, stride=torch.Size([2, 1]), padding=[1, 2], dilation=(1, 2), groups=2
+    )
+    torch.testing.assert_close(by_name, exact)
+
+
+def test_inputs_are_left_alone_and_version_counters_checked(backend):
+    x, w, b = Case((2, 3, 6, 7), (4, 3, 3, 3)).tensors(partial(normals, torch.float64))
+    copies = [t.clone() for t in (x, w, b)]
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    F.conv2d_relu_max_pool2d(*leaves).sum().backward()
+    for t, copy in zip(leaves, copies, strict=True):
+        assert_same(t.detach(), copy, "input")
+    output = F.conv2d(*leaves)
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
