@@ -17,7 +17,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as native
 
 import fastnn
-from fastnn.nn import functional as F
+import fastnn.nn.functional as F
 
 from reference import (
     FLOATING,
