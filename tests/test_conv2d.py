@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,15 @@ from reference import (
 )
 
 pytestmark = pytest.mark.kernels
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Starting threads costs more than all the work on tensors this small; test_threads.py compares thread counts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def native_conv2d_relu(*args: Any, **kwargs: Any) -> Tensor:

@@ -158,6 +158,8 @@ def test_gil_is_released(name):
 
 
 def run_in_child(names: list[str], queue: multiprocessing.Queue) -> None:
+    # OpenMP's threads do not survive a fork, and native torch hangs waiting for them, too; this is what a DataLoader does.
+    torch.set_num_threads(1)
     queue.put({name: [t.tolist() for t in results(CALLS[name])] for name in names})
 
 

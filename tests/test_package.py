@@ -1,0 +1,158 @@
+"""The package as a whole: what importing it does and exports, and that a wheel of it works."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastnn
+import fastnn.nn
+import fastnn.nn.functional
+import fastnn.optim
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_import_is_silent_and_light():
+    done = python(
+        "import sys, torch\n"
+        "torchs_own = set(sys.modules)\n"
+        "import fastnn, fastnn.nn, fastnn.optim\n"
+        "heavy = {'triton', 'matplotlib', 'PIL', 'sklearn', 'tqdm', 'scipy', 'torch._dynamo'}\n"
+        "assert not heavy & (set(sys.modules) - torchs_own), heavy & set(sys.modules)"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_is_typed():
+    assert (Path(fastnn.__file__).parent / "py.typed").exists()
+
+
+def test_version():
+    assert fastnn.__version__ == importlib.metadata.version("fastnn")
+
+
+@pytest.mark.parametrize(
+    ("ours", "native"),
+    [
+        (fastnn.nn, torch.nn),
+        (fastnn.nn.functional, torch.nn.functional),
+        (fastnn.optim, torch.optim),
+    ],
+    ids=["nn", "nn.functional", "optim"],
+)
+def test_exports_all_that_torch_does(ours, native):
+    names = [name for name in dir(native) if not name.startswith("_")]
+    assert len(names) > 10
+    assert [name for name in names if not hasattr(ours, name)] == []
+    for name in names:
+        theirs = getattr(native, name)
+        if isinstance(theirs, type):
+            assert issubclass(getattr(ours, name), theirs), name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = ours.no_such_name
+
+
+def test_what_is_replaced():
+    from fastnn.nn import functional
+
+    assert functional is fastnn.nn.functional is not torch.nn.functional
+    for name in ("conv2d", "relu", "cross_entropy"):
+        assert getattr(functional, name) is not getattr(torch.nn.functional, name)
+    for module, native, names in (
+        (fastnn.nn, torch.nn, ("Conv2d", "ReLU", "CrossEntropyLoss")),
+        (fastnn.optim, torch.optim, ("Adam", "AdamW", "SGD")),
+    ):
+        for name in names:
+            ours, theirs = getattr(module, name), getattr(native, name)
+            assert ours is not theirs
+            assert issubclass(ours, theirs)
+    for name in ("conv2d_relu", "conv2d_relu_max_pool2d"):
+        assert callable(getattr(functional, name))
+    for name in ("ConvReLU2d", "ConvReLUMaxPool2d"):
+        assert issubclass(getattr(fastnn.nn, name), torch.nn.Module)
+    assert {"backend", "convert"} <= set(fastnn.__all__)
+
+
+def test_star_import_of_the_functional_interface():
+    done = python(
+        "from fastnn.nn.functional import *\n"
+        "import fastnn.nn.functional as F\n"
+        "assert relu is F.relu and conv2d is F.conv2d and max_pool2d is F.max_pool2d"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "CPU", None, 0])
+def test_backend_refuses_other_names(name):
+    with pytest.raises(ValueError, match=r"expected one of 'cpu'.*'torch'"), fastnn.backend(name):
+        pass
+
+
+def test_backend_torch_is_native_and_nests():
+    x = torch.randn(2, 3, 5, 5, requires_grad=True)
+    w = torch.randn(4, 3, 3, 3)
+    with fastnn.backend("torch"):
+        assert "Convolution" in fastnn.nn.functional.conv2d(x, w).grad_fn.name()
+        with fastnn.backend("cpu"):
+            assert "Convolution" not in fastnn.nn.functional.conv2d(x, w).grad_fn.name()
+        assert "Convolution" in fastnn.nn.functional.conv2d(x, w).grad_fn.name()
+    with pytest.raises(KeyError), fastnn.backend("torch"):
+        raise KeyError
+    assert "Convolution" not in fastnn.nn.functional.conv2d(x, w).grad_fn.name()
+
+
+def test_says_once_why_a_call_goes_native(caplog):
+    fastnn.dispatch._logged.clear()
+    with caplog.at_level("DEBUG", logger="fastnn"):
+        for _ in range(3):
+            fastnn.nn.functional.relu(torch.arange(3))
+    assert [record.getMessage() for record in caplog.records] == [
+        "relu: native torch, because dtype torch.int64 has no kernel"
+    ]
+
+
+def test_python_m_fastnn():
+    done = subprocess.run([sys.executable, "-m", "fastnn"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert fastnn._C.isa() in done.stdout
+    assert torch.__version__ in done.stdout
+
+
+def test_wheel(tmp_path):
+    """A wheel, built from the objects that are there already, imports and computes away from its source."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("fastnn-*.whl")
+    target = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], check=True)
+    code = (
+        "import fastnn, torch, fastnn.nn.functional as F\n"
+        "print(fastnn.__file__)\n"
+        "x, w = torch.randn(1, 3, 9, 9), torch.randn(4, 3, 3, 3)\n"
+        "torch.testing.assert_close(F.conv2d_relu(x, w), torch.relu(torch.conv2d(x, w)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=os.environ | {"PYTHONPATH": str(target)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).parent == target / "fastnn"
+    assert (target / "fastnn" / "py.typed").exists()
