@@ -1,17 +1,20 @@
 #!/bin/sh
 # Builds the kernels with AddressSanitizer and UBSan into build/asan and runs the kernel tests on them.
-# torch itself is not instrumented, so leaks are not looked for, and the runtimes have to be preloaded.
-# Usage: [PYTHON=.venv/bin/python] tests/asan.sh [pytest arguments]
+# torch itself is not instrumented: the runtimes are preloaded, and leaks are not looked for.
+# --capture=sys leaves the sanitizers' own reports on the terminal.
+# Usage: [PYTHON=.venv/bin/python] tests/asan.sh [pytest options]
 set -eu
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python}
-FASTNN_SANITIZE=address,undefined "$python" setup.py -q build_ext --build-lib build/asan --build-temp build/asan-temp
-for file in $(cd fastnn && find . -name '*.py'); do
-  mkdir -p "build/asan/fastnn/$(dirname "$file")"
-  cp "fastnn/$file" "build/asan/fastnn/$file"
-done
 compiler=${CXX:-g++}
-export LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so)"
-export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
-export PYTHONPATH="$PWD/build/asan" FASTNN_EXPECT_SANITIZER=1
-exec "$python" -P -m pytest -m kernels -p no:cacheprovider "$@"
+case $python in */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
+
+cd "$root"
+FASTNN_SANITIZE=address,undefined "$python" setup.py -q build_ext --build-lib build/asan --build-temp build/asan-temp
+(cd fastnn && find . -name '*.py' -exec cp --parents {} "$root/build/asan/fastnn" \;)
+
+cd build/asan # first on Python's path
+LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libubsan.so)"
+export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+"$python" -c "import fastnn; assert '/build/asan/' in fastnn._C.__file__, fastnn._C.__file__"
+exec "$python" -m pytest -m kernels --capture=sys -p no:cacheprovider -c "$root/pyproject.toml" "$root/tests" "$@"
