@@ -49,7 +49,11 @@ def first(mask: Tensor) -> list[int]:
 
 
 def _channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.movedim(0, -1).contiguous().movedim(-1, 0)
+    return (
+        t.contiguous(memory_format=torch.channels_last)
+        if t.dim() == 4
+        else t.movedim(0, -1).contiguous().movedim(-1, 0)
+    )
 
 
 def _transposed(t: Tensor) -> Tensor:

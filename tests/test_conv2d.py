@@ -12,13 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
-from torch.nn import functional as native
-
-import fastnn
-import fastnn.nn.functional as F
-
 from reference import (
     FLOATING,
     LAYOUTS,
@@ -28,6 +21,12 @@ from reference import (
     to_float64,
     values_and_gradients,
 )
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as native
+
+import fastnn
+import fastnn.nn.functional as F
 
 pytestmark = pytest.mark.kernels
 
@@ -308,9 +307,7 @@ def test_matches_the_definition(backend, case):
     }
     output_shape = native.conv2d(x, w, b, **case.kwargs).shape
     grad_output = normals(torch.float64, tuple(output_shape))
-    exact = conv2d_numpy(
-        *(t.numpy() for t in (x, w, b, grad_output)), **pairs, groups=case.kwargs.get("groups", 1)
-    )
+    exact = conv2d_numpy(*(t.numpy() for t in (x, w, b, grad_output)), **pairs, groups=case.kwargs.get("groups", 1))
     actual = values_and_gradients(partial(F.conv2d, **case.kwargs), (x, w, b), grad_output)
     for a, e in zip(actual, exact, strict=True):
         np.testing.assert_allclose(a.numpy(), e, rtol=1e-11, atol=1e-11)
@@ -330,7 +327,9 @@ def test_every_tail(backend, width):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("grads", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)])
+@pytest.mark.parametrize(
+    "grads", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
+)
 def test_only_the_gradients_asked_for(backend, op, grads):
     inputs = Case((2, 3, 8, 9), (4, 3, 3, 3)).tensors(partial(normals, torch.float64))
     results = []
@@ -355,7 +354,12 @@ DERIVATIVE_CASES = [
     Case((1, 2, 7, 7), (2, 2, 2, 2), kwargs={"dilation": (2, 3), "padding": 1}, layouts=("transposed", "sliced", "")),
     Case((2, 4, 4, 5), (4, 2, 3, 3), kwargs={"groups": 2, "padding": 1}),
     Case((1, 3, 5, 5), (3, 1, 3, 3), kwargs={"groups": 3, "padding": 1}),
-    Case((1, 3, 5, 6), (6, 1, 3, 3), kwargs={"groups": 3, "padding": 1, "stride": 2}, layouts=("channels_last", "offset", "")),
+    Case(
+        (1, 3, 5, 6),
+        (6, 1, 3, 3),
+        kwargs={"groups": 3, "padding": 1, "stride": 2},
+        layouts=("channels_last", "offset", ""),
+    ),
     Case((2, 2, 4, 4), (2, 2, 2, 2), layouts=("expanded", "contiguous", "")),
     Case((0, 2, 4, 4), (2, 2, 3, 3), kwargs={"padding": 1}),
 ]
@@ -376,7 +380,9 @@ def test_derivatives(backend, op, case):
     assert gradgradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("pool", [{"pool_kernel_size": 3}, {"pool_kernel_size": (2, 3), "pool_stride": (1, 2)}], ids=str)
+@pytest.mark.parametrize(
+    "pool", [{"pool_kernel_size": 3}, {"pool_kernel_size": (2, 3), "pool_stride": (1, 2)}], ids=str
+)
 def test_pool_derivatives(backend, pool):
     """Also where windows overlap, so that one convolution output gets several gradients."""
     inputs = Case((2, 2, 6, 8), (3, 2, 3, 3)).tensors(partial(normals, torch.float64))
@@ -391,7 +397,7 @@ def test_pool_derivatives(backend, pool):
 
 def conv2d_arguments(relu: bool, **changes: Any) -> tuple[Any, ...]:
     x, w, b = Case((2, 2, 5, 6), (4, 2, 3, 3)).tensors(partial(normals, torch.float64))
-    return tuple(({"x": x, "w": w, "b": b} | changes).values()) + ([1, 2], [1, 1, 0, 2], [1, 1], 1, relu)
+    return (*({"x": x, "w": w, "b": b} | changes).values(), [1, 2], [1, 1, 0, 2], [1, 1], 1, relu)
 
 
 def pool_arguments() -> tuple[Any, ...]:
@@ -434,7 +440,7 @@ def test_opcheck(backend, op, arguments, requires_grad):
         try:
             op(*args)
         except RuntimeError as refusal:
-            assert "not differentiable" in str(refusal)  # noqa: PT017
+            assert "not differentiable" in str(refusal)
             return
     torch.library.opcheck(op, args)
 
@@ -446,7 +452,7 @@ def test_raw_operator_differentiates_or_raises(backend, op, arguments):
     try:
         outputs = op(*args)
     except RuntimeError as refusal:
-        assert "not differentiable" in str(refusal)  # noqa: PT017
+        assert "not differentiable" in str(refusal)
         return
     outputs = [t for t in ([outputs] if isinstance(outputs, Tensor) else outputs) if t.is_floating_point()]
     assert all(t.requires_grad for t in outputs)
@@ -532,7 +538,9 @@ def test_output_layout_is_natives(backend, input_layout, weight_layout, groups):
     assert F.conv2d(*inputs, groups=groups).stride() == exact.stride()
     assert F.conv2d_relu(*inputs, groups=groups).stride() == exact.stride()
     pooled = F.conv2d_relu_max_pool2d(*inputs, groups=groups)
-    memory_format = torch.channels_last if exact.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    memory_format = (
+        torch.channels_last if exact.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    )
     assert pooled.is_contiguous(memory_format=memory_format)
 
 
@@ -567,7 +575,9 @@ def test_wheel_samples(backend, op, dtype):
         for name, o, e in zip(NAMES, ours, exact, strict=False):
             # Samples reach +-9, so sums reach hundreds; a float16 gradient is a sum of up to 50 of these.
             tolerance = 32 * torch.finfo(dtype).eps * float(e.abs().max().clamp_min(1))
-            torch.testing.assert_close(o.to(torch.float64), e, rtol=0, atol=tolerance, msg=lambda t, n=name: f"{n}: {t}")
+            torch.testing.assert_close(
+                o.to(torch.float64), e, rtol=0, atol=tolerance, msg=lambda t, n=name: f"{n}: {t}"
+            )
 
 
 @pytest.mark.expects_native
@@ -580,7 +590,9 @@ def test_wheel_samples_without_a_kernel(backend, dtype):
         if dtype.is_complex:
             leaves = [t for t in (sample.input, *sample.args) if t is not None]
             for o, e in zip(
-                torch.autograd.grad(ours.abs().sum(), leaves), torch.autograd.grad(exact.abs().sum(), leaves), strict=True
+                torch.autograd.grad(ours.abs().sum(), leaves),
+                torch.autograd.grad(exact.abs().sum(), leaves),
+                strict=True,
             ):
                 torch.testing.assert_close(o, e)
 
@@ -754,7 +766,8 @@ def test_transforms(backend, op):
 
     for transform in (torch.func.grad, torch.func.hessian):
         torch.testing.assert_close(
-            transform(partial(loss, op.ours), argnums=2)(x, w, b), transform(partial(loss, op.native), argnums=2)(x, w, b)
+            transform(partial(loss, op.ours), argnums=2)(x, w, b),
+            transform(partial(loss, op.native), argnums=2)(x, w, b),
         )
     per_sample = torch.vmap(torch.func.grad(partial(loss, op.ours), argnums=1), in_dims=(0, None, None))(x, w, b)
     exact = torch.vmap(torch.func.grad(partial(loss, op.native), argnums=1), in_dims=(0, None, None))(x, w, b)
@@ -821,9 +834,7 @@ def test_arguments_by_position_and_by_name(backend, op):
     by_position = op.ours(x, w, b, (2, 1), (1, 2), (1, 2), 2)
     exact = op.native(x, w, b, (2, 1), (1, 2), (1, 2), 2)
     torch.testing.assert_close(by_position, exact)
-    by_name = op.ours(
-        input=x, weight=w, bias=b, stride=torch.Size([2, 1]), padding=[1, 2], dilation=(1, 2), groups=2
-    )
+    by_name = op.ours(input=x, weight=w, bias=b, stride=torch.Size([2, 1]), padding=[1, 2], dilation=(1, 2), groups=2)
     torch.testing.assert_close(by_name, exact)
 
 

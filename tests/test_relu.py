@@ -76,7 +76,9 @@ def test_every_16_bit_value(backend, dtype):
         assert_bitwise_equal(o, e)
 
 
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize(
+    "memory_format", [torch.channels_last, torch.channels_last_3d, torch.contiguous_format], ids=str
+)
 def test_keeps_the_memory_format(backend, memory_format):
     dims = 5 if memory_format is torch.channels_last_3d else 4
     x = torch.randn((2, 3, 4, 5, 6)[:dims]).contiguous(memory_format=memory_format)
@@ -104,7 +106,9 @@ def test_derivatives(backend, layout, inplace):
     base = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
 
     def function(t: Tensor) -> Tensor:
-        laid_out = LAYOUTS[layout](t) if layout in ("contiguous", "channels_last", "transposed", "expanded") else t[:, ::2]
+        laid_out = (
+            LAYOUTS[layout](t) if layout in ("contiguous", "channels_last", "transposed", "expanded") else t[:, ::2]
+        )
         if inplace:  # a leaf cannot be written to, an expanded view neither
             laid_out = laid_out.clone(memory_format=torch.preserve_format) if layout != "sliced" else laid_out * 1
         return F.relu(laid_out, inplace=inplace)
@@ -339,10 +343,13 @@ def test_wheel_module_samples(backend):
 def test_transforms(backend):
     x, tangent = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     assert_bitwise_equal(torch.vmap(F.relu)(x), native.relu(x))
-    for o, e in zip(torch.func.jvp(F.relu, (x,), (tangent,)), torch.func.jvp(native.relu, (x,), (tangent,)), strict=True):
+    for o, e in zip(
+        torch.func.jvp(F.relu, (x,), (tangent,)), torch.func.jvp(native.relu, (x,), (tangent,)), strict=True
+    ):
         assert_bitwise_equal(o, e)
     assert_bitwise_equal(
-        torch.func.hessian(lambda t: F.relu(t).pow(3).sum())(x), torch.func.hessian(lambda t: native.relu(t).pow(3).sum())(x)
+        torch.func.hessian(lambda t: F.relu(t).pow(3).sum())(x),
+        torch.func.hessian(lambda t: native.relu(t).pow(3).sum())(x),
     )
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, tangent)

@@ -53,8 +53,12 @@ CALLS: dict[str, Callable[[], tuple[Tensor, list[Tensor]]]] = {
     ),
     "conv2d 3x3 one image": lambda: conv(F.conv2d, leaf(1, 32, 64, 64), leaf(32, 32, 3, 3), padding=1),
     "conv2d 3x3 small maps": lambda: conv(F.conv2d, leaf(2, 128, 7, 7), leaf(128, 128, 3, 3), padding=1),
-    "conv2d 3x3 float64": lambda: conv(F.conv2d, leaf(4, 8, 32, 32, dtype=torch.float64), leaf(8, 8, 3, 3, dtype=torch.float64)),
-    "conv2d 3x3 bfloat16": lambda: conv(F.conv2d, leaf(4, 8, 32, 32, dtype=torch.bfloat16), leaf(8, 8, 3, 3, dtype=torch.bfloat16)),
+    "conv2d 3x3 float64": lambda: conv(
+        F.conv2d, leaf(4, 8, 32, 32, dtype=torch.float64), leaf(8, 8, 3, 3, dtype=torch.float64)
+    ),
+    "conv2d 3x3 bfloat16": lambda: conv(
+        F.conv2d, leaf(4, 8, 32, 32, dtype=torch.bfloat16), leaf(8, 8, 3, 3, dtype=torch.bfloat16)
+    ),
     "conv2d 7x7 stride 2": lambda: conv(F.conv2d, leaf(4, 3, 64, 64), leaf(32, 3, 7, 7), padding=3, stride=2),
     "conv2d 1x1": lambda: conv(F.conv2d, leaf(4, 64, 28, 28), leaf(64, 64, 1, 1)),
     "conv2d depthwise": lambda: conv(F.conv2d, leaf(4, 32, 40, 40), leaf(32, 1, 3, 3), padding=1, groups=32),
@@ -65,7 +69,9 @@ CALLS: dict[str, Callable[[], tuple[Tensor, list[Tensor]]]] = {
         F.conv2d_relu_max_pool2d, leaf(4, 8, 41, 43), leaf(16, 8, 3, 3), pool_kernel_size=3, pool_stride=2
     ),
     "cross_entropy": lambda: (
-        F.cross_entropy(x := leaf(256, 1000), torch.arange(256), label_smoothing=0.1, weight=torch.linspace(0.5, 1.5, 1000)),
+        F.cross_entropy(
+            x := leaf(256, 1000), torch.arange(256), label_smoothing=0.1, weight=torch.linspace(0.5, 1.5, 1000)
+        ),
         [x],
     ),
     "cross_entropy probabilities": lambda: (
@@ -158,7 +164,7 @@ def test_gil_is_released(name):
 
 
 def run_in_child(names: list[str], queue: multiprocessing.Queue) -> None:
-    # OpenMP's threads do not survive a fork, and native torch hangs waiting for them, too; this is what a DataLoader does.
+    # OpenMP's threads do not survive a fork, and native torch hangs waiting for them, too. A DataLoader does the same.
     torch.set_num_threads(1)
     queue.put({name: [t.tolist() for t in results(CALLS[name])] for name in names})
 

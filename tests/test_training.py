@@ -62,9 +62,9 @@ def train(model: torch.nn.Module, nn: ModuleType, optim: ModuleType, batches: Ba
     return losses
 
 
-def trained(image_size: int, dtype: torch.dtype, optimizer: str, converted: bool) -> list[tuple[list[float], list[Tensor]]]:
+def trained(batches: Batches, optimizer: str, converted: bool) -> list[tuple[list[float], list[Tensor]]]:
     """(losses, final weights) of native and of fastnn, from the same initial weights."""
-    batches = Batches(image_size, dtype)
+    image_size, dtype = batches.images.shape[-1], batches.images.dtype
     native = network(torch.nn, image_size).to(dtype)
     ours = network(fastnn.nn, image_size).to(dtype)
     ours.load_state_dict(copy.deepcopy(native.state_dict()))
@@ -80,24 +80,25 @@ def trained(image_size: int, dtype: torch.dtype, optimizer: str, converted: bool
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
 @pytest.mark.parametrize("converted", [False, True], ids=["imports", "converted"])
 def test_weights_in_float64(backend, optimizer, converted):
-    (exact_losses, exact), (losses, weights) = trained(32, torch.float64, optimizer, converted)
+    (exact_losses, exact), (losses, weights) = trained(Batches(32, torch.float64), optimizer, converted)
     assert exact_losses[-1] < 0.9 * exact_losses[0]  # it does learn
     torch.testing.assert_close(losses, exact_losses, rtol=0, atol=1e-10)
     for w, e in zip(weights, exact, strict=True):
         assert (w - e).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+@pytest.mark.parametrize(("optimizer", "image_size"), [("Adam", 32), ("SGD", 32), ("Adam", 64)])
 @pytest.mark.parametrize("converted", [False, True], ids=["imports", "converted"])
-@pytest.mark.parametrize("image_size", [32, 64])
 def test_loss_curve_in_float32(backend, optimizer, converted, image_size):
-    (exact, _), (losses, _) = trained(image_size, torch.float32, optimizer, converted)
+    # At a batch of 8, one rounding that takes a ReLU across zero is enough for Adam to part two float32 curves by 5e-3:
+    # native's own, in NCHW and in channels_last, too.
+    (exact, _), (losses, _) = trained(Batches(image_size, torch.float32, batch=32), optimizer, converted)
     torch.testing.assert_close(losses, exact, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("converted", [False, True], ids=["imports", "converted"])
 def test_channels_last(backend, converted):
-    """The program after model.to(memory_format=torch.channels_last), as users of native PyTorch are told to write it."""
+    """The program after model.to(memory_format=torch.channels_last), as native users are told to write it."""
     batches = Batches(32, torch.float64)
     native = network(torch.nn, 32).double()
     ours = network(fastnn.nn, 32).double().to(memory_format=torch.channels_last)
