@@ -31,8 +31,8 @@ Isa parse(const std::string& name, const char* source) {
   const std::vector<Isa> available = available_isas();
   for (Isa isa : available)
     if (name == isa_name(isa)) return isa;
-  throw std::invalid_argument(std::string(source) + " is '" + name + "', expected one this machine runs: " +
-                              names(available));
+  throw std::invalid_argument(std::string(source) + " is '" + name +
+                              "', expected one this machine runs: " + names(available));
 }
 
 std::atomic<Isa>& current() {

@@ -45,12 +45,12 @@ constexpr int64_t kMaxPhases = 64;
 // How planes are laid out and how a task's share is cut; filled in by plan_planes().
 struct Planes {
   int64_t step_h, step_w, origin_h, origin_w;
-  int64_t phases;                                      // (a, b) pairs that some tap reads
+  int64_t phases;  // (a, b) pairs that some tap reads
   int64_t phase_h[kMaxPhases], phase_w[kMaxPhases];
-  int64_t halo_h, halo_w;                              // the largest tap offsets
-  int64_t pitch;                                       // elements between plane rows
-  int64_t block_rows, block_images;                    // a task's output rows and images, at most
-  int64_t plane;                                       // elements a channel takes, all phases
+  int64_t halo_h, halo_w;            // the largest tap offsets
+  int64_t pitch;                     // elements between plane rows
+  int64_t block_rows, block_images;  // a task's output rows and images, at most
+  int64_t plane;                     // elements a channel takes, all phases
 };
 
 struct Tap {
@@ -65,16 +65,16 @@ struct TapConv {
   const Tap* taps;
   int64_t num_taps;
   int64_t batch, groups, group_channels, group_results;
-  int64_t rows, cols;               // output positions of this problem (before pooling)
-  const void* bias;                 // accumulator type, one per result channel, or null
+  int64_t rows, cols;  // output positions of this problem (before pooling)
+  const void* bias;    // accumulator type, one per result channel, or null
   bool relu;
-  const void* weight;               // packed by pack_weight
+  const void* weight;  // packed by pack_weight
   // A task: an image block, a row block and a run of groups (or, of one large group, a run of result channels).
   int64_t image_blocks, row_blocks, channel_blocks;
   int64_t block_groups, block_results;
-  int64_t panel;                    // result channels kept in scratch until they are written
-  int64_t depth_channels;           // source channels reduced at a time: a tile's operands then fit the L1 cache
-  int64_t scratch;                  // bytes a thread needs
+  int64_t panel;           // result channels kept in scratch until they are written
+  int64_t depth_channels;  // source channels reduced at a time: a tile's operands then fit the L1 cache
+  int64_t scratch;         // bytes a thread needs
 
   int64_t tasks() const { return image_blocks * row_blocks * channel_blocks; }
 };
@@ -99,9 +99,9 @@ struct TapGrad {
 };
 
 struct ConvKernels {
-  int lanes[2];        // of float64, float32 vectors
-  int tile_results;    // the widest tile of TapConv: result channels ...
-  int tile_vectors;    // ... and vectors of positions
+  int lanes[2];      // of float64, float32 vectors
+  int tile_results;  // the widest tile of TapConv: result channels ...
+  int tile_vectors;  // ... and vectors of positions
   // Packs rows [begin, end) of m-blocks of a weight viewed as [group][m][c][tap] into the order the tiles read.
   // strides: of group, m and c, elements.
   void (*pack_weight[kNumDTypes])(const TapConv&, const void* weight, const int64_t* strides, void* packed,

@@ -26,9 +26,9 @@ namespace fastnn::cpu::avx2 {
 #undef FASTNN_VECTOR_BYTES
 FASTNN_END_TARGET
 
-#define FASTNN_TIER(name)                                      \
-  (current_isa() == Isa::kAvx512 ? fastnn::cpu::avx512::name   \
-   : current_isa() == Isa::kAvx2 ? fastnn::cpu::avx2::name     \
+#define FASTNN_TIER(name)                                    \
+  (current_isa() == Isa::kAvx512 ? fastnn::cpu::avx512::name \
+   : current_isa() == Isa::kAvx2 ? fastnn::cpu::avx2::name   \
                                  : fastnn::cpu::generic::name)
 #else
 #define FASTNN_TIER(name) (fastnn::cpu::generic::name)

@@ -30,8 +30,7 @@ void relu_backward(const void* grad_y_, const void* y_, void* grad_x_, int64_t c
   T* grad_x = static_cast<T*>(grad_x_);
   const Vec<A> zero{};
   int64_t i = 0;
-  for (; i + kLanes<A> <= count; i += kLanes<A>)
-    store(grad_x + i, load(y + i) <= zero ? zero : load(grad_y + i));
+  for (; i + kLanes<A> <= count; i += kLanes<A>) store(grad_x + i, load(y + i) <= zero ? zero : load(grad_y + i));
   if (i < count) {
     const int n = int(count - i);
     store_n(grad_x + i, load_n(y + i, n) <= zero ? zero : load_n(grad_y + i, n), n);
