@@ -15,7 +15,7 @@ ARGS ?=
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 missing = { echo "fastnn: $(1)" >&2; exit 1; }
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-asan lint bench clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -27,6 +27,9 @@ demo: $(VENV)/.built  ## train on real images three ways (native, fastnn, conver
 
 test: $(VENV)/.built  ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-asan: $(VENV)/.built  ## build with AddressSanitizer and UBSan, and run the kernel tests
+	@PYTHON=$(BIN)/python CXX="$(CXX)" sh tests/asan.sh $(ARGS)
 
 lint: $(VENV)/.built  ## ruff, mypy and clang-format
 	@$(BIN)/ruff check .

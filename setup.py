@@ -53,7 +53,7 @@ def extension() -> CppExtension:
 
 os.environ.setdefault("MAX_JOBS", str(jobs()))
 print(
-    f"fastnn: torch {torch.__version__}, stable ABI 2.11, CPU kernels for avx512 + avx2 + generic (chosen at run time), "
-    f"{os.environ['MAX_JOBS']} jobs" + (f", sanitizers {SANITIZE}" if SANITIZE else "")
+    f"fastnn: torch {torch.__version__}, stable ABI 2.11, CPU kernels for avx512 + avx2 + generic "
+    f"(chosen at run time), {os.environ['MAX_JOBS']} jobs" + (f", sanitizers {SANITIZE}" if SANITIZE else "")
 )
 setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

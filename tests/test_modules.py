@@ -61,6 +61,34 @@ def test_arguments(backend, cls, kwargs, shape):
     assert_same(ours, theirs, torch.randn(shape, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("cls", [nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d])
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
+def test_autocast(backend, cls, lower, dtypes):
+    ours, theirs = (module.to(dtypes[1]) for module in pair(cls, 3, 4, 3, padding=1))
+    x = torch.randn(2, 3, 9, 8).to(dtypes[0]).requires_grad_()
+    with torch.autocast("cpu", lower):
+        results = [module(x) for module in (ours, theirs)]
+    torch.testing.assert_close(*results)
+    grad = torch.randn_like(results[0])
+    grads = [
+        torch.autograd.grad(result, [x, *module.parameters()], grad)
+        for result, module in zip(results, (ours, theirs), strict=True)
+    ]
+    torch.testing.assert_close(*grads, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.expects_native
+@pytest.mark.parametrize("cls", [nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d])
+def test_autocast_leaves_float64_alone(backend, cls):
+    ours, theirs = pair(cls, 3, 4, 3)
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(*(module(torch.ones(1, 3, 8, 8, dtype=torch.float64)) for module in (ours, theirs)))
+        for module in (ours, theirs):
+            with pytest.raises(RuntimeError):
+                module(torch.ones(1, 3, 8, 8))
+
+
 @pytest.mark.parametrize(("kernel_size", "stride"), [(2, None), (3, 2), ((2, 3), (1, 2))])
 def test_pool_arguments(backend, kernel_size, stride):
     ours, theirs = pair(nn.ConvReLUMaxPool2d, 2, 3, 3, pool_kernel_size=kernel_size, pool_stride=stride)

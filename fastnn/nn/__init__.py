@@ -5,7 +5,7 @@ from torch import nn as _native
 from torch.nn import *  # noqa: F403
 
 # Not `from fastnn.nn import functional`: that would find torch's, which the line above brought in.
-import fastnn.nn.functional as functional  # type: ignore[no-redef]  # noqa: F401
+import fastnn.nn.functional as functional  # noqa: F401
 from fastnn.nn.loss import CrossEntropyLoss as CrossEntropyLoss
 from fastnn.nn.modules import Conv2d as Conv2d
 from fastnn.nn.modules import ConvReLU2d as ConvReLU2d

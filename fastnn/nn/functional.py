@@ -24,6 +24,19 @@ def __getattr__(name: str) -> object:
     return getattr(native, name)
 
 
+def _autocast(*args: Any, to: torch.dtype | None = None) -> Any:
+    """What CPU autocast, if it is on, does to the arguments of an operator it runs in ``to`` (None: its own dtype)."""
+    if not torch.is_autocast_enabled("cpu"):
+        return args
+    dtype = to or torch.get_autocast_dtype("cpu")
+
+    def cast(arg: Any) -> Any:
+        low = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype is not torch.float64
+        return arg.to(dtype) if low and arg.device.type == "cpu" else arg
+
+    return map(cast, args)
+
+
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``max(input, 0)`` elementwise, NaN kept. As :func:`torch.nn.functional.relu`.
 
@@ -71,8 +84,8 @@ def _conv_geometry(
     dilation: IntPair,
     groups: int,
 ) -> tuple[list[int], list[int], list[int], int] | None:
-    """Stride, (top, left, bottom, right) padding, dilation and groups as the operators take them; None where the call is
-    not fastnn's to serve, a wrong one included: native torch then raises its own error."""
+    """Stride, (top, left, bottom, right) padding, dilation and groups as the operators take them; None where the call
+    is not fastnn's to serve, a wrong one included: native torch then raises its own error."""
     if weight is None or not use_kernels(op, input, weight, bias) or weight.dim() != 4 or input.dim() not in (3, 4):
         return None
     strides, dilations = _pair(stride), _pair(dilation)
@@ -128,9 +141,10 @@ def conv2d(
     Raises:
         RuntimeError: shapes that do not fit together, as torch raises it.
     """
+    input, weight, bias = _autocast(input, weight, bias)
     geometry = _conv_geometry("conv2d", input, weight, bias, stride, padding, dilation, groups)
     if geometry is None:
-        return native.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+        return native.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return _conv2d(input, weight, bias, geometry, relu=False)
 
 
@@ -144,9 +158,10 @@ def conv2d_relu(
     groups: int = 1,
 ) -> Tensor:
     """``relu(conv2d(...))`` in one pass; arguments and errors of :func:`conv2d`."""
+    input, weight, bias = _autocast(input, weight, bias)
     geometry = _conv_geometry("conv2d_relu", input, weight, bias, stride, padding, dilation, groups)
     if geometry is None:
-        return native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))  # type: ignore[arg-type]
+        return native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))
     return _conv2d(input, weight, bias, geometry, relu=True)
 
 
@@ -178,6 +193,7 @@ def conv2d_relu_max_pool2d(
 
     The other arguments, the result's memory format and the errors are those of :func:`conv2d`.
     """
+    input, weight, bias = _autocast(input, weight, bias)
     geometry = _conv_geometry("conv2d_relu_max_pool2d", input, weight, bias, stride, padding, dilation, groups)
     window = _pair(pool_kernel_size)
     step = window if pool_stride is None else _pair(pool_stride)
@@ -192,7 +208,8 @@ def conv2d_relu_max_pool2d(
             batch = input if input.dim() == 4 else input.unsqueeze(0)
             output, _ = _ops.conv2d.conv2d_relu_max_pool2d(batch, weight, bias, *geometry, window, step)
             return output if input.dim() == 4 else output.squeeze(0)
-    result = native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))  # type: ignore[arg-type]
+        log_once("conv2d_relu_max_pool2d", f"a {window[0]} x {window[1]} window does not fit, or has over 254 elements")
+    result = native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))
     return native.max_pool2d(result, pool_kernel_size, pool_stride)
 
 
@@ -256,8 +273,7 @@ def cross_entropy(
         IndexError: a class index is out of range.
         RuntimeError, ValueError: as native torch, in its words.
     """
-    if torch.is_autocast_enabled("cpu"):
-        input, target, weight = map(_autocast_to_float32, (input, target, weight))
+    input, target, weight = _autocast(input, target, weight, to=torch.float32)
     if not _cross_entropy_covers(input, target, weight, ignore_index, label_smoothing):
         return native.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
@@ -266,9 +282,3 @@ def cross_entropy(
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     options = (_Reduction.get_enum(reduction), ignore_index, label_smoothing)
     return _ops.cross_entropy.cross_entropy(input, target, weight, *options)[0]
-
-
-def _autocast_to_float32(value: Any) -> Any:
-    """What CPU autocast does to an argument of cross_entropy."""
-    lower = isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
-    return value.float() if lower else value

@@ -30,7 +30,7 @@ def differentiable(name: str, function: type[torch.autograd.Function]) -> Callab
     op = getattr(torch.ops.fastnn, name).default
     torch.library.register_autograd(f"fastnn::{name}", function.backward, setup_context=function.setup_context)
     # Function.apply itself first binds the arguments by inspect.signature, ten times the cost of all the rest.
-    apply = super(torch.autograd.Function, function).apply
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -113,6 +113,7 @@ class Conv2dBackward(torch.autograd.Function):
         )
         # What the masks let through, as a plain gradient of the convolution's result.
         plain = _unmask(grad_output, input, weight, relu_output, pool_code, geometry, ctx.pool)
+        no_pool: tuple[Ints, Ints] = ([], [])
         of_grad_output = of_input = of_weight = None
         if ctx.needs_input_grad[0]:
             terms = []
@@ -126,13 +127,13 @@ class Conv2dBackward(torch.autograd.Function):
                 of_grad_output = sum(terms[1:], terms[0])
                 of_grad_output = _mask(of_grad_output, relu_output, pool_code, ctx.pool)
         if ctx.needs_input_grad[1] and grad_weight is not None:
-            of_input = conv2d_backward(plain, input, grad_weight, None, None, *geometry, [], [], [True, False, False])[
-                0
-            ]
+            of_input = conv2d_backward(
+                plain, input, grad_weight, None, None, *geometry, *no_pool, [True, False, False]
+            )[0]
         if ctx.needs_input_grad[2] and grad_input is not None:
-            of_weight = conv2d_backward(plain, grad_input, weight, None, None, *geometry, [], [], [False, True, False])[
-                1
-            ]
+            of_weight = conv2d_backward(
+                plain, grad_input, weight, None, None, *geometry, *no_pool, [False, True, False]
+            )[1]
         return (of_grad_output, of_input, of_weight, *[None] * 9)
 
 
