@@ -37,8 +37,8 @@ lint: $(VENV)/.built  ## ruff, mypy and clang-format
 	@$(BIN)/mypy
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-bench: $(VENV)/.built  ## run the benchmarks; ARGS=--help lists their options
-	@$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/.built  ## run every benchmark and rewrite its results, plots and the README's table
+	@$(BIN)/python -m benchmarks --json benchmarks/results/cpu.json --plot docs/benchmarks --readme $(ARGS)
 
 clean:  ## remove what was built or written, but not .venv
 	rm -rf build dist *.egg-info fastnn/*.so demo-results $(VENV)/.built
