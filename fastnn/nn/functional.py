@@ -208,7 +208,8 @@ def conv2d_relu_max_pool2d(
             batch = input if input.dim() == 4 else input.unsqueeze(0)
             output, _ = _ops.conv2d.conv2d_relu_max_pool2d(batch, weight, bias, *geometry, window, step)
             return output if input.dim() == 4 else output.squeeze(0)
-        log_once("conv2d_relu_max_pool2d", f"a {window[0]} x {window[1]} window does not fit, or has over 254 elements")
+        if window[0] * window[1] > 254:
+            log_once("conv2d_relu_max_pool2d", f"a {window[0]} x {window[1]} window has over 254 elements")
     result = native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))
     return native.max_pool2d(result, pool_kernel_size, pool_stride)
 
