@@ -22,15 +22,15 @@ STABLE_TORCH_LIBRARY(fastnn, m) {
       "bool[] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 
   // target: class indices (int64 or uint8), or probabilities like the input. reduction: 0 none, 1 mean, 2 sum.
-  // row_stats, in the accumulation dtype, is (3, rows), a row being one element of the unreduced loss: the logits'
-  // maximum, the sum of e^(logit - maximum), and the total weight of the target, 0 where it is ignored. total_weight is
-  // what 'mean' divides by.
+  // stats, in the accumulation dtype, is (3 * rows + 1,), a row being one element of the unreduced loss: every row's
+  // maximum logit, then its sum of e^(logit - maximum), then the total weight of its target, 0 where it is ignored; and
+  // the total weight that 'mean' divides by.
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
-      "float label_smoothing) -> (Tensor output, Tensor row_stats, Tensor total_weight)");
+      "float label_smoothing) -> (Tensor output, Tensor stats)");
   m.def(
-      "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor row_stats, "
-      "Tensor total_weight, int reduction, int ignore_index, float label_smoothing) -> Tensor grad_input");
+      "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
+      "int reduction, int ignore_index, float label_smoothing) -> Tensor grad_input");
   // One optimizer step of every parameter, in place, the state_steps (float32 or float64 scalars) included. Gradients
   // are divided by grad_scale, in place, where it is given. max_exp_avg_sqs: empty without amsgrad.
   m.def(

@@ -54,16 +54,18 @@ def log_once(op: str, reason: str) -> None:
         logger.debug("%s: native torch, because %s", op, reason)
 
 
-def _why_not(tensor: Tensor) -> str | None:
+def _why_not(tensor: object, dtype: torch.dtype | None) -> str:
+    if not isinstance(tensor, Tensor):
+        return "an argument is no tensor"
     if type(tensor) not in _PLAIN_TYPES:
         return f"of a {type(tensor).__name__} argument"
     if tensor.dtype not in KERNEL_DTYPES:
         return f"dtype {tensor.dtype} has no kernel"
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"device {tensor.device.type} has no kernel"
     if tensor.layout is not torch.strided:
         return f"layout {tensor.layout} has no kernel"
-    return None
+    return f"dtypes {dtype} and {tensor.dtype} are mixed"
 
 
 def use_kernels(op: str, *tensors: Tensor | None) -> bool:
@@ -72,17 +74,20 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
     False sends the call to native torch: another dtype (or mixed ones), device, layout or tensor subclass, a
     torch.func transform, forward-mode AD, or ``backend('torch')``.
     """
-    first: Tensor | None = None
-    for tensor in tensors:
+    dtype: torch.dtype | None = None
+    for tensor in tensors:  # in every call of every operator: one test an argument, the reasons only where it fails
         if tensor is None:
             continue
-        reason = "an argument is no tensor" if not isinstance(tensor, Tensor) else _why_not(tensor)
-        if reason is None and first is not None and tensor.dtype is not first.dtype:
-            reason = f"dtypes {first.dtype} and {tensor.dtype} are mixed"
-        if reason is not None:
-            log_once(op, reason)
-            return False
-        first = tensor
+        if (
+            type(tensor) in _PLAIN_TYPES
+            and tensor.is_cpu
+            and tensor.layout is torch.strided
+            and (tensor.dtype is dtype or (dtype is None and tensor.dtype in KERNEL_DTYPES))
+        ):
+            dtype = tensor.dtype
+            continue
+        log_once(op, _why_not(tensor, dtype))
+        return False
     if _forced.get() == "torch":
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:

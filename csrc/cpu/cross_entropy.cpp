@@ -33,10 +33,9 @@ std::vector<int64_t> loss_shape(const Tensor& input) {
   return shape;
 }
 
-// fill_ of a single element, without the cost of calling an operator.
-void write_scalar(const Tensor& tensor, double value) {
-  void* data = tensor.data_ptr();
-  switch (tensor.scalar_type()) {
+// One element, without the cost of calling an operator.
+void write_scalar(void* data, ScalarType dtype, double value) {
+  switch (dtype) {
     case ScalarType::Double:
       *static_cast<double*>(data) = value;
       break;
@@ -48,6 +47,19 @@ void write_scalar(const Tensor& tensor, double value) {
       break;
     default:
       *static_cast<f16*>(data) = from_accumulator<f16>(float(value));
+  }
+}
+
+double read_scalar(const void* data, ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return *static_cast<const double*>(data);
+    case ScalarType::Float:
+      return *static_cast<const float*>(data);
+    case ScalarType::BFloat16:
+      return to_accumulator(*static_cast<const bf16*>(data));
+    default:
+      return to_accumulator(*static_cast<const f16*>(data));
   }
 }
 
@@ -91,28 +103,29 @@ bool fits(const Tensor& tensor, Layout layout, ClassArray* array) {
 struct Call {
   CrossEntropyArgs args;
   Layout layout;
-  Tensor logits, probabilities, grad_input, index, weight;  // what args point into
+  Tensor logits;  // args points into it and the others
+  std::optional<Tensor> probabilities, grad_input, index, weight;
 };
 
 // Finds the layout in which all operands lie, gathering those that have none.
 void choose_layout(Call& call) {
   auto& args = call.args;
-  const bool has_probabilities = args.target == kProbabilities, has_grad = call.grad_input.defined();
+  const bool has_probabilities = args.target == kProbabilities, has_grad = call.grad_input.has_value();
   for (Layout layout : {Layout::kRows, Layout::kColumns}) {
     if (!fits(call.logits, layout, &args.logits)) continue;
-    if (has_grad && !fits(call.grad_input, layout, &args.grad_input)) continue;
-    if (has_probabilities && !fits(call.probabilities, layout, &args.probabilities)) {
-      Tensor gathered = torch::stable::empty_like(call.logits);
+    if (has_grad && !fits(*call.grad_input, layout, &args.grad_input)) continue;
+    if (has_probabilities && !fits(*call.probabilities, layout, &args.probabilities)) {
+      Tensor gathered = fresh_like(call.logits);
       if (!fits(gathered, layout, &args.probabilities)) continue;
-      torch::stable::copy_(gathered, call.probabilities);
+      torch::stable::copy_(gathered, *call.probabilities);
       call.probabilities = gathered;
     }
     call.layout = layout;
     return;
   }
   call.logits = torch::stable::contiguous(call.logits);
-  if (has_probabilities) call.probabilities = torch::stable::contiguous(call.probabilities);
-  if (has_grad) call.grad_input = torch::stable::new_empty(call.logits, call.logits.sizes());
+  if (has_probabilities) call.probabilities = torch::stable::contiguous(*call.probabilities);
+  if (has_grad) call.grad_input = empty(call.logits.sizes(), call.logits.scalar_type());
   choose_layout(call);  // contiguous tensors have one
 }
 
@@ -126,7 +139,7 @@ Call make_call(const char* op, const Tensor& input, const Tensor& target, const 
   const ScalarType target_dtype = target.scalar_type();
   const bool indexed = target_dtype == ScalarType::Long || target_dtype == ScalarType::Byte;
 
-  Call call{};
+  Call call{{}, {}, input, {}, {}, {}, {}};
   auto& args = call.args;
   args.target = !indexed ? kProbabilities : smoothing > 0 ? kSmoothedIndex : kIndex;
   args.classes = input.size(class_dim(input));
@@ -135,12 +148,11 @@ Call make_call(const char* op, const Tensor& input, const Tensor& target, const 
   args.ignore_index = ignore_index;
   args.keep = 1 - smoothing;
   args.uniform = smoothing / double(args.classes);
-  call.logits = input;
   if (indexed) {
     STD_TORCH_CHECK(target.numel() == args.rows, op, ": target has shape ", shape_string(target), ", expected ",
                     args.rows, " class indices for input ", shape_string(input));
     call.index = contiguous_as(target, ScalarType::Long);
-    args.index = static_cast<const int64_t*>(call.index.data_ptr());
+    args.index = static_cast<const int64_t*>(call.index->data_ptr());
   } else {
     check_same_dtype(target, input, op, "target");
     check_same_shape(target, input, op, "target");
@@ -153,10 +165,10 @@ Call make_call(const char* op, const Tensor& input, const Tensor& target, const 
                     shape_string(*weight), ", expected [", args.classes, "]");
     call.weight = contiguous_as(*weight, accumulator);
   } else if (args.target != kIndex) {
-    call.weight = torch::stable::new_empty(input, {args.classes}, accumulator);
-    torch::stable::fill_(call.weight, 1);
+    call.weight = empty({args.classes}, accumulator);
+    torch::stable::fill_(*call.weight, 1);
   }
-  if (call.weight.defined()) args.weight = call.weight.data_ptr();
+  if (call.weight) args.weight = call.weight->data_ptr();
   return call;
 }
 
@@ -195,19 +207,28 @@ template <class A>
 double sum_weights(const CrossEntropyArgs& args) {
   if (!args.index) return double(args.rows);
   const A* weight = static_cast<const A*>(args.weight);
+  const int64_t* index = args.index;
+  const int64_t ignore_index = args.ignore_index, classes = args.classes;
   std::atomic<int64_t> first_bad{args.rows};
   const double total = sum_chunks(args.rows, [&](int64_t begin, int64_t end) {
-    double sum = 0;
+    int64_t counted = 0, bad = 0;
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t t = args.index[row];
-      if (t == args.ignore_index) continue;
-      if (t < 0 || t >= args.classes) {
-        int64_t seen = first_bad.load();
-        while (row < seen && !first_bad.compare_exchange_weak(seen, row)) {
-        }
-        break;
+      const int64_t counts = index[row] != ignore_index;
+      counted += counts;
+      bad += counts & (uint64_t(index[row]) >= uint64_t(classes));
+    }
+    double sum = double(counted);
+    if (weight && bad == 0) {
+      sum = 0;
+      for (int64_t row = begin; row < end; ++row)
+        if (index[row] != ignore_index) sum += double(weight[index[row]]);
+    }
+    for (int64_t row = begin; bad > 0 && row < end; ++row) {
+      if (index[row] == ignore_index || (index[row] >= 0 && index[row] < classes)) continue;
+      int64_t seen = first_bad.load();
+      while (row < seen && !first_bad.compare_exchange_weak(seen, row)) {
       }
-      sum += weight ? double(weight[t]) : 1;
+      break;
     }
     return sum;
   });
@@ -241,8 +262,7 @@ void run_forward(const Call& call, DType dtype) {
     torch::stable::parallel_for(0, args.rows, grain(args.classes),
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   } else if (blocks > 1 && args.rows < 8 * int64_t(torch::stable::get_num_threads())) {
-    const Tensor partials =
-        torch::stable::new_empty(call.logits, {args.rows * blocks * 4}, accumulator_dtype(call.logits));
+    const Tensor partials = empty({args.rows * blocks * 4}, accumulator_dtype(call.logits));
     const auto kernel = kernels.forward_blocks[dtype][args.target];
     torch::stable::parallel_for(0, args.rows * blocks, grain(kCrossEntropyBlock),
                                 [&](int64_t begin, int64_t end) { kernel(args, partials.data_ptr(), begin, end); });
@@ -254,66 +274,61 @@ void run_forward(const Call& call, DType dtype) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight,
-                                                 int64_t reduction, int64_t ignore_index, double label_smoothing) {
+// Behind the rows' own.
+void* total_weight_of(const Tensor& stats) {
+  return static_cast<char*>(stats.data_ptr()) + (stats.numel() - 1) * stats.element_size();
+}
+
+std::tuple<Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t reduction,
+                                         int64_t ignore_index, double label_smoothing) {
   Call call = make_call("cross_entropy", input, target, weight, reduction, ignore_index, label_smoothing);
   auto& args = call.args;
   const ScalarType accumulator = accumulator_dtype(input);
   const double total = checked_total_weight(call, accumulator);
-  const Tensor total_weight = torch::stable::new_empty(input, {}, accumulator);
-  write_scalar(total_weight, total);
-  const Tensor row_stats = torch::stable::new_empty(input, {3, args.rows}, accumulator);
-  const Tensor losses = torch::stable::new_empty(input, loss_shape(input), accumulator);
-  args.row_stats = row_stats.data_ptr();
+  const Tensor stats = empty({3 * args.rows + 1}, accumulator);
+  write_scalar(total_weight_of(stats), accumulator, total);
+  const Tensor losses = empty(loss_shape(input), accumulator);
+  args.row_stats = stats.data_ptr();
   args.loss = losses.data_ptr();
   if (args.rows > 0) {
     finish_layout(call);
     run_forward(call, dtype_of(input, "cross_entropy", "input"));
   }
 
-  if (reduction == kNone) return {contiguous_as(losses, input.scalar_type()), row_stats, total_weight};
+  if (reduction == kNone) return {contiguous_as(losses, input.scalar_type()), stats};
   const double sum = accumulator == ScalarType::Double ? sum_losses<double>(args) : sum_losses<float>(args);
-  const Tensor output = torch::stable::new_empty(input, {});
-  write_scalar(output, reduction == kMean ? sum / total : sum);
-  return {output, row_stats, total_weight};
-}
-
-// Gradient of every row's loss (reduction 'none'), or the one they share, in the accumulation dtype.
-Tensor gradient_of_rows(const Tensor& grad_output, const Tensor& total_weight, int64_t reduction,
-                        ScalarType accumulator) {
-  const Tensor grad = contiguous_as(grad_output, accumulator);
-  if (reduction != kMean) return grad;
-  Tensor divided = torch::stable::empty_like(grad);
-  if (accumulator == ScalarType::Double)
-    *static_cast<double*>(divided.data_ptr()) =
-        *static_cast<double*>(grad.data_ptr()) / *static_cast<double*>(total_weight.data_ptr());
-  else
-    *static_cast<float*>(divided.data_ptr()) =
-        *static_cast<float*>(grad.data_ptr()) / *static_cast<float*>(total_weight.data_ptr());
-  return divided;
+  const Tensor output = empty({}, input.scalar_type());
+  write_scalar(output.data_ptr(), input.scalar_type(), reduction == kMean ? sum / total : sum);
+  return {output, stats};
 }
 
 Tensor cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, std::optional<Tensor> weight,
-                              Tensor row_stats, Tensor total_weight, int64_t reduction, int64_t ignore_index,
-                              double label_smoothing) {
+                              Tensor stats, int64_t reduction, int64_t ignore_index, double label_smoothing) {
   const char* op = "cross_entropy_backward";
   Call call = make_call(op, input, target, weight, reduction, ignore_index, label_smoothing);
   auto& args = call.args;
   const ScalarType accumulator = accumulator_dtype(input);
   checked_total_weight(call, accumulator);
+  check_same_dtype(grad_output, input, op, "grad_output");
   STD_TORCH_CHECK(grad_output.numel() == (reduction == kNone ? args.rows : 1), op, ": grad_output has shape ",
                   shape_string(grad_output));
-  STD_TORCH_CHECK(row_stats.numel() == 3 * args.rows && row_stats.scalar_type() == accumulator, op,
-                  ": row_stats is not what cross_entropy returned");
-  STD_TORCH_CHECK(total_weight.numel() == 1 && total_weight.scalar_type() == accumulator, op,
-                  ": total_weight is not what cross_entropy returned");
-  const Tensor stats = contiguous_as(row_stats, accumulator);
-  const Tensor grad_rows = gradient_of_rows(grad_output, total_weight, reduction, accumulator);
+  STD_TORCH_CHECK(stats.numel() == 3 * args.rows + 1 && stats.scalar_type() == accumulator && stats.is_contiguous(), op,
+                  ": stats is not what cross_entropy returned");
   args.row_stats = stats.data_ptr();
-  args.grad_rows = grad_rows.data_ptr();
   args.grad_per_row = reduction == kNone;
+  std::optional<Tensor> grad_rows;
+  double shared_grad = 0;  // its first bytes, where the accumulator is a float
+  if (args.grad_per_row) {
+    grad_rows = contiguous_as(grad_output, accumulator);
+    args.grad_rows = grad_rows->data_ptr();
+  } else {
+    const double grad = read_scalar(grad_output.data_ptr(), grad_output.scalar_type());
+    const double divisor = reduction == kMean ? read_scalar(total_weight_of(stats), accumulator) : 1;
+    write_scalar(&shared_grad, accumulator, grad / divisor);
+    args.grad_rows = &shared_grad;
+  }
 
-  Tensor grad_input = with_huge_pages(torch::stable::empty_like(input));
+  Tensor grad_input = with_huge_pages(fresh_like(input));
   if (input.numel() == 0) return grad_input;
   call.grad_input = grad_input;
   finish_layout(call);
@@ -334,7 +349,7 @@ Tensor cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, s
     torch::stable::parallel_for(0, args.rows * blocks, grain(std::min(args.classes, kCrossEntropyBlock)),
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
-  if (call.grad_input.data_ptr() != grad_input.data_ptr()) torch::stable::copy_(grad_input, call.grad_input);
+  if (call.grad_input->data_ptr() != grad_input.data_ptr()) torch::stable::copy_(grad_input, *call.grad_input);
   return grad_input;
 }
 

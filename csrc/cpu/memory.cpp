@@ -1,5 +1,9 @@
 #include "cpu/memory.h"
 
+#include <vector>
+
+#include "cpu/strides.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -18,6 +22,30 @@ Tensor with_huge_pages(Tensor tensor) {
   }
 #endif
   return tensor;
+}
+
+Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes, torch::headeronly::IntHeaderOnlyArrayRef strides,
+                     ScalarType dtype) {
+  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                         dtype_code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  return empty_strided(sizes, strides, dtype);
+}
+
+Tensor fresh_like(const Tensor& tensor) {
+  if (!is_dense(tensor)) return torch::stable::empty_like(tensor);
+  return empty_strided(tensor.sizes(), tensor.strides(), tensor.scalar_type());
 }
 
 }  // namespace fastnn::cpu

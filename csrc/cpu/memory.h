@@ -13,6 +13,14 @@ namespace fastnn::cpu {
 // first removes most of them. Returns its argument.
 Tensor with_huge_pages(Tensor tensor);
 
+// As torch's empty_strided and, for a contiguous tensor, empty; past the dispatcher, which costs a small call more than
+// its kernel does.
+Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes, torch::headeronly::IntHeaderOnlyArrayRef strides,
+                     ScalarType dtype);
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
+// Of any strides, kept where they are dense.
+Tensor fresh_like(const Tensor& tensor);
+
 // Uninitialised scratch of one thread, aligned to a cache line.
 template <class T>
 class Scratch {

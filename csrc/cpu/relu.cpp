@@ -22,7 +22,7 @@ void forward_into(const Tensor& x, const Tensor& y) {
 
 Tensor relu(Tensor self) {
   dtype_of(self, "relu", "self");
-  const Tensor out = with_huge_pages(torch::stable::empty_like(self));
+  const Tensor out = with_huge_pages(fresh_like(self));
   // empty_like keeps the strides of a dense input; any other input (expanded, sliced) is gathered first.
   const bool in_place_order = is_dense(self) && same_strides(self, out);
   if (!in_place_order) {
@@ -43,10 +43,10 @@ Tensor relu_backward(Tensor grad_output, Tensor result) {
   check_same_dtype(grad_output, result, "relu_backward", "grad_output");
   check_same_shape(grad_output, result, "relu_backward", "grad_output");
   const DType dtype = dtype_of(result, "relu_backward", "result");
-  Tensor grad_input = with_huge_pages(torch::stable::empty_like(result));
+  Tensor grad_input = with_huge_pages(fresh_like(result));
   const auto dense_like_grad_input = [&](const Tensor& tensor) {
     if (is_dense(tensor) && same_strides(tensor, grad_input)) return tensor;
-    Tensor gathered = torch::stable::empty_like(grad_input);
+    Tensor gathered = fresh_like(grad_input);
     torch::stable::copy_(gathered, tensor);
     return gathered;
   };

@@ -1,28 +1,27 @@
 // How the glue of elementwise kernels tells whether tensors can be walked in storage order, side by side.
 #pragma once
 
-#include <vector>
-
 #include "common/check.h"
 
 namespace fastnn::cpu {
 
 // Whether the elements fill a block of memory without gaps or overlaps, in whatever order of dimensions.
 inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const size_t dims = sizes.size();
   int64_t expected = 1;
-  // Strides of a dense tensor, sorted, are the running products of the sizes; at most 64 dimensions, mostly 4.
-  std::vector<bool> used(dims, false);
+  // Strides of a dense tensor, sorted, are the running products of the sizes; torch has at most 64 dimensions.
+  uint64_t used = 0;
   for (size_t step = 0; step < dims; ++step) {
     size_t found = dims;
     for (size_t d = 0; d < dims; ++d)
-      if (!used[d] && (sizes[d] == 1 || strides[d] == expected)) {
+      if (!(used >> d & 1) && (sizes[d] == 1 || strides[d] == expected)) {
         found = d;
         if (sizes[d] != 1) break;
       }
     if (found == dims) return false;
-    used[found] = true;
+    used |= uint64_t(1) << found;
     expected *= sizes[found];
   }
   return true;

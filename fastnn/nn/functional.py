@@ -224,7 +224,8 @@ def _cross_entropy_covers(
     if not use_kernels("cross_entropy", input, weight, target if probabilities else None):
         return False
     shape = input.shape
-    classes = shape[min(1, len(shape) - 1)] if len(shape) > 0 else 0
+    dim = len(shape)
+    classes = shape[1] if dim > 1 else shape[0] if dim == 1 else 0
     fits = classes > 0 and isinstance(ignore_index, int) and isinstance(label_smoothing, (int, float))
     fits = fits and label_smoothing <= 1
     if weight is not None:
@@ -232,10 +233,10 @@ def _cross_entropy_covers(
     if probabilities:
         fits = fits and target.shape == shape and ignore_index < 0
     else:
-        fits = fits and target.shape == (shape[:1] + shape[2:] if len(shape) > 1 else ())
-        fits = fits and type(target) is Tensor and target.device.type == "cpu" and target.layout is torch.strided
+        fits = fits and target.shape == (shape[:1] + shape[2:] if dim > 1 else ())
+        fits = fits and type(target) is Tensor and target.is_cpu and target.layout is torch.strided
         if target.dtype is torch.uint8:  # native torch takes it in only some of its paths
-            fits = fits and len(shape) <= 2 and not (weight is not None and label_smoothing > 0)
+            fits = fits and dim <= 2 and not (weight is not None and label_smoothing > 0)
         else:
             fits = fits and target.dtype is torch.int64
     if not fits:
@@ -282,4 +283,4 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     options = (_Reduction.get_enum(reduction), ignore_index, label_smoothing)
-    return _ops.cross_entropy.cross_entropy(input, target, weight, *options)[0]
+    return _ops.cross_entropy.cross_entropy(input, target, weight, *options)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 # Inside it a call goes straight to the device's kernel, past the Python rule that `differentiable` registers.
 BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -19,16 +18,23 @@ BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 def needs_grad(*args: Any) -> bool:
     """Whether a call with these arguments has to be recorded by autograd."""
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    for argument in args:
+        if getattr(argument, "requires_grad", False):
+            return torch.is_grad_enabled()
+    return False
 
 
-def differentiable(name: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def differentiable(
+    name: str, function: type[torch.autograd.Function], setup_context: Callable[..., None] | None = None
+) -> Callable[..., Any]:
     """Makes ``torch.ops.fastnn.<name>`` differentiable by ``function`` and returns the fast way to call it.
 
     ``function`` takes the operator's own arguments, positionally; its ``forward`` runs the operator ``BelowAutograd``.
+    ``setup_context`` is the operator's own where ``function`` does not return, as an output, all that it saves.
     """
     op = getattr(torch.ops.fastnn, name).default
-    torch.library.register_autograd(f"fastnn::{name}", function.backward, setup_context=function.setup_context)
+    setup_context = setup_context or function.setup_context
+    torch.library.register_autograd(f"fastnn::{name}", function.backward, setup_context=setup_context)
     # Function.apply itself first binds the arguments by inspect.signature, ten times the cost of all the rest.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 

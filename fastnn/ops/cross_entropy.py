@@ -18,13 +18,12 @@ def _class_dim(input: Tensor) -> int:
 @torch.library.register_fake("fastnn::cross_entropy")
 def _fake(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     losses = input.new_empty([size for d, size in enumerate(input.shape) if d != _class_dim(input)])
     accumulator = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (
         losses if reduction == 0 else input.new_empty(()),
-        input.new_empty((3, losses.numel()), dtype=accumulator),
-        input.new_empty((), dtype=accumulator),
+        input.new_empty((3 * losses.numel() + 1,), dtype=accumulator),
     )
 
 
@@ -43,7 +42,7 @@ class CrossEntropyBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad_output, input, target, weight, _, _, *ctx.options = inputs
+        grad_output, input, target, weight, _, *ctx.options = inputs
         ctx.save_for_backward(grad_output, input, target, weight)
 
     @staticmethod
@@ -61,34 +60,39 @@ class CrossEntropyBackward(torch.autograd.Function):
             (grad_input,) = torch.autograd.grad(loss, x, grad_output, create_graph=True)
         wanted = [t for t, n in zip(aliases, needed, strict=True) if n]
         found = iter(torch.autograd.grad(grad_input, wanted, grad, create_graph=create_graph, allow_unused=True))
-        return *(next(found) if n else None for n in needed), *[None] * 6
+        return *(next(found) if n else None for n in needed), *[None] * 5
 
 
 class CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with BelowAutograd():
-            return torch.ops.fastnn.cross_entropy.default(*args)
+    """The loss alone: the statistics stay behind, which costs less than one more output."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        input, target, weight, *ctx.options = inputs
-        _, row_stats, total_weight = output
-        ctx.save_for_backward(input, target, weight, row_stats, total_weight)
-        ctx.mark_non_differentiable(row_stats, total_weight)
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        with BelowAutograd():
+            output: Tensor
+            output, stats = torch.ops.fastnn.cross_entropy.default(*args)
+        input, target, weight, *ctx.options = args
+        ctx.save_for_backward(input, target, weight, stats)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 6
-        input, _, weight, _, total_weight = ctx.saved_tensors
+        saved = input, _, weight, stats = ctx.saved_tensors
         grad_input = grad_target = None
         if ctx.needs_input_grad[0]:
-            grad_input = cross_entropy_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+            grad_input = cross_entropy_backward(grad_output, *saved, *ctx.options)
         if ctx.needs_input_grad[1]:
-            grad_target = _target_gradient(grad_output, input, weight, total_weight, *ctx.options)
+            grad_target = _target_gradient(grad_output, input, weight, stats[-1], *ctx.options)
         return grad_input, grad_target, None, None, None, None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, target, weight, *ctx.options = inputs
+    ctx.save_for_backward(input, target, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _target_gradient(
@@ -113,4 +117,10 @@ def _target_gradient(
 
 
 cross_entropy_backward = differentiable("cross_entropy_backward", CrossEntropyBackward)
-cross_entropy = differentiable("cross_entropy", CrossEntropy)
+_cross_entropy = differentiable("cross_entropy", CrossEntropy, _setup_context)
+
+
+def cross_entropy(*args: Any) -> Tensor:
+    """The loss that ``torch.ops.fastnn.cross_entropy`` returns for these arguments, without the statistics."""
+    result = _cross_entropy(*args)
+    return result if isinstance(result, Tensor) else result[0]

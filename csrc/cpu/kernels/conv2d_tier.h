@@ -174,32 +174,6 @@ FASTNN_INLINE Vec<Accumulator<T>> read_channels(const ConvSource& s, int64_t n, 
   return masked<T>(value, full ? load(relu) : load_n(relu, lanes));
 }
 
-// Transposes kLanes<A> vectors in place: swaps ever smaller off-diagonal blocks.
-template <class A, int half>
-FASTNN_INLINE void swap_blocks(Vec<A>* rows) {
-  constexpr int n = kLanes<A>;
-  Mask<A> low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) {
-    low[i] = (i & half) ? i - half + n : i;
-    high[i] = (i & half) ? i + n : i + half;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i)
-    if (!(i & half)) {
-      const Vec<A> a = rows[i], b = rows[i + half];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + half] = __builtin_shuffle(a, b, high);
-    }
-}
-template <class A>
-FASTNN_INLINE void transpose(Vec<A>* rows) {
-  if constexpr (kLanes<A> > 8) swap_blocks<A, 8>(rows);
-  if constexpr (kLanes<A> > 4) swap_blocks<A, 4>(rows);
-  if constexpr (kLanes<A> > 2) swap_blocks<A, 2>(rows);
-  swap_blocks<A, 1>(rows);
-}
-
 // A row of `channels` channels at once (same overrun), channel c at dst + c * plane: a source whose channels are
 // contiguous.
 template <class T>

@@ -483,22 +483,38 @@ using NarrowTile = A[kCrossEntropyNarrow][kCrossEntropyTile];
 template <class T, class A = Accumulator<T>>
 FASTNN_INLINE void transpose_in(const CrossEntropyArgs& args, const ClassArray& array, int64_t row, int64_t count,
                                 NarrowTile<A>& columns) {
-  A lanes[kCrossEntropyNarrow + kLanes<A>];
-  for (int64_t i = 0; i < count; ++i) {
-    const T* x = row_of<T>(args, array, row + i);
-    for (int64_t c = 0; c < args.classes; c += kLanes<A>) store(lanes + c, load_up_to(x + c, args.classes - c));
-    for (int64_t c = 0; c < args.classes; ++c) columns[c][i] = lanes[c];
-  }
+  constexpr int L = kLanes<A>;
+  // Up to here a whole vector may be read: of the next rows' elements, which end up in columns of no class.
+  const T* end = row_of<T>(args, array, row + count - 1) + args.classes;
+  for (int64_t i = 0; i < count; i += L)
+    for (int64_t c = 0; c < args.classes; c += L) {
+      Vec<A> block[L];
+      for (int j = 0; j < L; ++j) {
+        const T* x = row_of<T>(args, array, row + (i + j < count ? i + j : count - 1)) + c;
+        block[j] = x + L <= end ? load(x) : load_up_to(x, args.classes - c);
+      }
+      transpose<A>(block);
+      for (int j = 0; j < L; ++j) store(columns[c + j] + i, block[j]);
+    }
 }
 
 template <class T, class A = Accumulator<T>>
 FASTNN_INLINE void transpose_out(const CrossEntropyArgs& args, const ClassArray& array, int64_t row, int64_t count,
                                  const NarrowTile<A>& columns) {
-  A lanes[kCrossEntropyNarrow + kLanes<A>];
-  for (int64_t i = 0; i < count; ++i) {
-    T* x = row_of<T>(args, array, row + i);
-    for (int64_t c = 0; c < args.classes; ++c) lanes[c] = columns[c][i];
-    for (int64_t c = 0; c < args.classes; c += kLanes<A>) store_up_to(x + c, load(lanes + c), args.classes - c);
+  constexpr int L = kLanes<A>;
+  const T* end = row_of<T>(args, array, row + count - 1) + args.classes;
+  const bool packed = array.outer_stride == args.classes;  // what a whole vector overruns is a row still to be written
+  for (int64_t i = 0; i < count; i += L) {
+    Vec<A> blocks[kCrossEntropyNarrow / L][L];
+    for (int64_t c = 0; c < args.classes; c += L) {
+      for (int j = 0; j < L; ++j) blocks[c / L][j] = load(columns[c + j] + i);
+      transpose<A>(blocks[c / L]);
+    }
+    for (int64_t j = 0; j < L && i + j < count; ++j) {
+      T* x = row_of<T>(args, array, row + i + j);
+      for (int64_t c = 0; c < args.classes; c += L)
+        store_up_to(x + c, blocks[c / L][j], packed && x + c + L <= end ? L : args.classes - c);
+    }
   }
 }
 

@@ -191,6 +191,32 @@ FASTNN_INLINE FloatVec max(FloatVec a, FloatVec b) { return (FloatVec)_mm256_max
 FASTNN_INLINE DoubleVec max(DoubleVec a, DoubleVec b) { return (DoubleVec)_mm256_max_pd((__m256d)a, (__m256d)b); }
 #endif
 
+// Transposes kLanes<A> vectors in place: swaps ever smaller off-diagonal blocks.
+template <class A, int half>
+FASTNN_INLINE void swap_blocks(Vec<A>* rows) {
+  constexpr int n = kLanes<A>;
+  Mask<A> low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    low[i] = (i & half) ? i - half + n : i;
+    high[i] = (i & half) ? i + n : i + half;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i)
+    if (!(i & half)) {
+      const Vec<A> a = rows[i], b = rows[i + half];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + half] = __builtin_shuffle(a, b, high);
+    }
+}
+template <class A>
+FASTNN_INLINE void transpose(Vec<A>* rows) {
+  if constexpr (kLanes<A> > 8) swap_blocks<A, 8>(rows);
+  if constexpr (kLanes<A> > 4) swap_blocks<A, 4>(rows);
+  if constexpr (kLanes<A> > 2) swap_blocks<A, 2>(rows);
+  swap_blocks<A, 1>(rows);
+}
+
 // All ones in the first n (0 <= n <= lanes) lanes, zero in the others.
 template <class A>
 FASTNN_INLINE Mask<A> first_lanes(int n) {
