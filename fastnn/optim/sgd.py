@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as native_sgd
 
-from fastnn.dispatch import log_once, use_kernels
-from fastnn.ops.sgd import sgd_
-from fastnn.optim.step import all_plain, native_step, params_and_grads, updated
+from fastnn import _C
+from fastnn.dispatch import log_once
+from fastnn.optim.step import kernels_wanted, native_step, params_and_grads, updated
 
 
 class SGD(torch.optim.SGD):
@@ -90,7 +90,7 @@ class SGD(torch.optim.SGD):
         return loss
 
     def _fused_step(self, group: dict[str, Any]) -> bool:
-        if torch.compiler.is_compiling() or not use_kernels("sgd"):
+        if not kernels_wanted("sgd"):
             return False
         if group["differentiable"]:
             log_once("sgd", "of differentiable")
@@ -98,8 +98,6 @@ class SGD(torch.optim.SGD):
         params, grads = params_and_grads(group)
         if not params:
             return True
-        if not all_plain("sgd", params, grads):
-            return False
         skipped = bool(getattr(self, "found_inf", None) or 0)  # any number but 0
         if group["momentum"] == 0:
             return skipped or self._update(group, params, grads, [], [])
@@ -119,11 +117,9 @@ class SGD(torch.optim.SGD):
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Any], first: list[int]
     ) -> bool:
         grad_scale = getattr(self, "grad_scale", None)
-        writes = [params, buffers]
         return updated(
             "sgd",
-            sgd_,
-            writes if grad_scale is None else [*writes, grads],
+            _C.sgd_,
             params,
             grads,
             buffers,
