@@ -88,7 +88,6 @@ Views views_of(const py::list& tensors, const char* op, const char* name) {
     if (!dtype) refuse("a dtype other than float64, float32, bfloat16 and float16");
     char* data = static_cast<char*>(tensor.data) + tensor.byte_offset;
     const View& view = views.emplace_back(data, tensor.shape, tensor.strides, tensor.ndim, *dtype);
-    if (view.count != 0 && !tensor.data) refuse("a tensor whose storage is empty");
     if (may_be_negated(view) && object.attr("is_neg")().cast<bool>()) refuse("a lazily negated tensor");
   }
   return views;

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn import _C
-from fastnn.dispatch import log_once
-from fastnn.optim.step import kernels_wanted, native_step, params_and_grads, updated
+from fastnn.dispatch import _C, log_once
+from fastnn.optim.step import kernels_wanted, native_step, params_and_grads, states_of, updated
 
 
 class Adam(torch.optim.Adam):
@@ -49,10 +48,10 @@ class Adam(torch.optim.Adam):
         params, grads = params_and_grads(group)
         if not params:
             return True
-        states: list[Any] = list(map(self.state.get, params))
+        states = states_of(self, params)
         if not all(states):
             self._init_group(group, [], [], [], [], [], [])
-            states = [self.state[p] for p in params]
+            states = states_of(self, params)
         if bool(getattr(self, "found_inf", None) or 0):  # any number but 0
             return True
         grad_scale = getattr(self, "grad_scale", None)

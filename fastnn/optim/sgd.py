@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as native_sgd
 
-from fastnn import _C
-from fastnn.dispatch import log_once
-from fastnn.optim.step import kernels_wanted, native_step, params_and_grads, updated
+from fastnn.dispatch import _C, log_once
+from fastnn.optim.step import kernels_wanted, native_step, params_and_grads, states_of, updated
 
 
 class SGD(torch.optim.SGD):
@@ -101,7 +100,7 @@ class SGD(torch.optim.SGD):
         skipped = bool(getattr(self, "found_inf", None) or 0)  # any number but 0
         if group["momentum"] == 0:
             return skipped or self._update(group, params, grads, [], [])
-        states = [self.state[p] for p in params]
+        states = states_of(self, params)
         buffers = [s.get("momentum_buffer") for s in states]
         first_steps = [i for i, b in enumerate(buffers) if b is None]
         if not skipped:
@@ -110,7 +109,7 @@ class SGD(torch.optim.SGD):
             if not self._update(group, params, grads, buffers, first_steps):
                 return False
         for i in first_steps:
-            states[i]["momentum_buffer"] = None if skipped else buffers[i]
+            self.state[params[i]]["momentum_buffer"] = None if skipped else buffers[i]
         return True
 
     def _update(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastnn import _C
-from fastnn.dispatch import log_once, use_kernels
+from fastnn.dispatch import _C, log_once, use_kernels
 
 
 def kernels_wanted(op: str) -> bool:
@@ -29,6 +29,15 @@ def params_and_grads(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]
     if len(grads) == len(all_grads):
         return list(group["params"]), grads
     return [p for p, g in zip(group["params"], all_grads, strict=True) if g is not None], grads
+
+
+def states_of(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[dict[str, Any]]:
+    """The parameters' states; for one that has none yet an empty dict, which is not stored."""
+    state = optimizer.state
+    # A look-up hashes, in Python, the tensor. Mostly the states lie in the parameters' order and need none.
+    if len(state) == len(params) and all(map(operator.is_, state, params)):
+        return list(state.values())
+    return [state.get(p, {}) for p in params]
 
 
 def native_step(cls: type[torch.optim.Optimizer], optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
