@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from optimizers import CLASSES, DTYPES, LAYOUTS, SHAPES, TYPICAL, Pair, options, special, values_of
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.common_optimizers import optim_db
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn.optim
 
@@ -148,15 +149,16 @@ def test_same_parameter_twice(backend, name):
     results = []
     for module in (fastnn.optim, torch.optim):
         p = torch.nn.Parameter(torch.linspace(-1, 1, 9, dtype=torch.float64))
+        # torch's SGD gives the first step's two momentum buffers to one state, so without momentum there.
+        kwargs = {"lr": 0.05, "weight_decay": 0.1} if name == "SGD" else TYPICAL[name]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            optimizer = getattr(module, name)([p, p], foreach=False, **TYPICAL[name])
+            optimizer = getattr(module, name)([p, p], foreach=False, **kwargs)
         for _ in range(2):
             p.grad = torch.ones_like(p)
             optimizer.step()
         results.append(p)
-    if name != "SGD":  # torch's SGD gives the first step's two buffers to one state
-        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
 
 
 @each
@@ -266,19 +268,108 @@ def test_parameters_added_later(backend, name):
         pair.assert_equal()
 
 
+def replace_state(optimizer, p):
+    optimizer.state[p] = {k: v + 1 for k, v in optimizer.state[p].items()}
+
+
+def replace_parameter(optimizer, p):
+    del optimizer.state[p]
+    optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones(2, dtype=p.dtype))
+
+
+def remove_parameter(optimizer, p):
+    del optimizer.state[p]
+    del optimizer.param_groups[0]["params"][0]
+
+
+def resize(optimizer, p):
+    p.grad = None
+    del optimizer.state[p]
+    p.requires_grad_(False).resize_(3).fill_(0.25).requires_grad_()
+
+
+# Everything that may move, reshape or retype what a step reads and writes, done to one of two parameters.
+CHANGES = {
+    "data": lambda o, p: setattr(p, "data", torch.arange(16.0, dtype=p.dtype).view(4, 4)),
+    "transposed data": lambda o, p: setattr(p, "data", p.data.clone().t()),
+    "set_": lambda o, p: p.set_(torch.arange(16.0, dtype=p.dtype).view(4, 4)),
+    "storage": lambda o, p: p.untyped_storage().resize_(1 << 20),
+    "resize_": resize,
+    "state": replace_state,
+    "state dropped": lambda o, p: o.state.pop(p),
+    "state reordered": lambda o, p: o.state.update({p: o.state.pop(p)}),
+    "load_state_dict": lambda o, p: o.load_state_dict(copy.deepcopy(o.state_dict())),
+    "parameter replaced": replace_parameter,
+    "parameter removed": remove_parameter,
+}
+
+
 @each
-def test_parameter_whose_data_is_replaced(backend, name):
-    """No address outlives a step."""
-    pair = Pair(name, values_of([(9,), (8,)]), **TYPICAL[name])
-    pair.set_grads(values_of([(9,), (8,)], seed=1))
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_nothing_outlives_a_step(backend, name, change):
+    pair = Pair(name, values_of([(4, 4), (5,)]), **TYPICAL[name])
+    pair.set_grads(values_of([(4, 4), (5,)], seed=1))
     pair.step()
-    for params, optimizer in ((pair.ours_params, pair.ours), (pair.native_params, pair.native)):
-        params[0].data = torch.arange(9.0, dtype=torch.float64)
-        state = optimizer.state[params[1]]
-        for key in state:
-            state[key] = state[key].clone()
     pair.step()
+    for optimizer, params in ((pair.ours, pair.ours_params), (pair.native, pair.native_params)):
+        with torch.no_grad():
+            change(optimizer, params[0])
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.full_like(p, 0.5)
+    for _ in range(2):
+        pair.step()
+        ours, theirs = (o.param_groups[0]["params"] for o in (pair.ours, pair.native))
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+        pair.assert_equal()
+
+
+@each
+@pytest.mark.expects_native
+@pytest.mark.parametrize("grad", ["sparse", "float32", "expanded state", "negated", "negated one"])
+def test_becomes_uncovered(backend, name, grad):
+    """What the kernels took in one step and do not in the next."""
+    shape = (1,) if grad == "negated one" else (4,)
+    pair = Pair(name, values_of([shape]), **(TYPICAL[name] if grad != "sparse" else {"lr": 0.1}))
+    pair.set_grads(values_of([shape], seed=1))
+    pair.step()
+    errors = []
+    for optimizer, p in ((pair.ours, pair.ours_params[0]), (pair.native, pair.native_params[0])):
+        if grad == "sparse":
+            p.grad = torch.ones_like(p).to_sparse()
+        elif grad == "float32":
+            p.grad_dtype = None
+            p.grad = torch.ones(shape)
+        elif grad == "expanded state":
+            key = "momentum_buffer" if name == "SGD" else "exp_avg"
+            optimizer.state[p][key] = torch.ones(1, dtype=p.dtype).expand(shape)
+        else:
+            p.grad = torch.ones(shape, dtype=torch.complex128).mul(2 + 3j).conj().imag
+            assert p.grad.is_neg()
+        try:
+            optimizer.step()
+        except RuntimeError as e:
+            errors.append(str(e))
+    assert not errors or errors[0] == errors[1]
+    torch.testing.assert_close(pair.ours_params, pair.native_params, rtol=1e-12, atol=1e-14)
+
+
+@each
+@pytest.mark.expects_native
+def test_dispatch_mode_sees_the_step(backend, name):
+    class Seen(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    pair = Pair(name, values_of([(9,)]), **TYPICAL[name])
+    pair.set_grads(values_of([(9,)], seed=1))
+    with Seen() as seen:
+        pair.ours.step()
+    pair.native.step()
     pair.assert_equal()
+    assert seen.calls > 0
 
 
 @each

@@ -32,7 +32,7 @@ def test_first_steps_out_of_range(backend, first_steps):
     args = list(op_args())
     args[3] = first_steps
     with pytest.raises(RuntimeError, match="first_steps"):
-        fastnn.ops.sgd.sgd_(*args)
+        torch.ops.fastnn.sgd_(*args)
 
 
 def numpy_classical(p, grads, lr, momentum, nesterov=False, weight_decay=0.0, dampening=0.0, maximize=False):

@@ -2,20 +2,30 @@
 #include <cmath>
 
 #include "cpu/kernels/adam.h"
-#include "cpu/tensor_lists.h"
+#include "cpu/python_lists.h"
 
 namespace fastnn::cpu {
 namespace {
 
-// Adds 1 to a step counter and returns it.
-double advance(const Tensor& step) {
-  if (step.element_size() == sizeof(double)) return *static_cast<double*>(step.data_ptr()) += 1;
-  return *static_cast<float*>(step.data_ptr()) += 1;
+void check_steps(const Views& steps, size_t expected) {
+  if (steps.size() != expected)
+    throw NotCovered("adam_: state_steps has " + std::to_string(steps.size()) + " tensors, expected " +
+                     std::to_string(expected));
+  for (const View& step : steps)
+    if (step.count != 1 || kElementSize[step.dtype] < 4)
+      throw NotCovered("adam_: state_steps has a tensor that is no float32 or float64 scalar");
 }
 
-void adam_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-           std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> state_steps,
-           double lr, double beta1, double beta2, double weight_decay, double eps, bool amsgrad, bool maximize,
+// Adds 1 to a step counter and returns it.
+double advance(const View& step) {
+  if (step.dtype == kFloat64) return *reinterpret_cast<double*>(step.data) += 1;
+  return *reinterpret_cast<float*>(step.data) += 1;
+}
+
+// List: std::vector<Tensor> for the operator, pybind11::list for fastnn.optim.
+template <class List>
+void adam_(List params, List grads, List exp_avgs, List exp_avg_sqs, List max_exp_avg_sqs, List state_steps, double lr,
+           double beta1, double beta2, double weight_decay, double eps, bool amsgrad, bool maximize,
            bool decoupled_weight_decay, std::optional<double> grad_scale) {
   const AdamOptions options{lr,
                             beta1,
@@ -26,37 +36,41 @@ void adam_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
                             decoupled_weight_decay,
                             grad_scale.has_value(),
                             grad_scale.value_or(1)};
-  Operands operands = {{"params", &params, true},
-                       {"grads", &grads, options.scaled},
-                       {"exp_avgs", &exp_avgs, true},
-                       {"exp_avg_sqs", &exp_avg_sqs, true}};
-  if (amsgrad) operands.push_back({"max_exp_avg_sqs", &max_exp_avg_sqs, true});
-  STD_TORCH_CHECK(state_steps.size() == params.size(), "adam_: state_steps has ", state_steps.size(),
-                  " tensors, expected ", params.size());
-  for (const Tensor& step : state_steps) {
-    const ScalarType dtype = step.scalar_type();
-    STD_TORCH_CHECK(step.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-                    "adam_: state_steps has a ", torch::headeronly::toString(dtype), " of shape ", shape_string(step),
-                    ", expected a Float or Double scalar");
-  }
+  Operands operands;
+  const auto add = [&](const char* name, const List& list, bool updated) {
+    operands.push_back({name, views_of(list, "adam_", name), updated});
+  };
+  add("params", params, true);
+  add("grads", grads, options.scaled);
+  add("exp_avgs", exp_avgs, true);
+  add("exp_avg_sqs", exp_avg_sqs, true);
+  if (amsgrad) add("max_exp_avg_sqs", max_exp_avg_sqs, true);
+  const Views steps = views_of(state_steps, "adam_", "state_steps");
+  check_operands("adam_", operands);
+  check_steps(steps, params.size());
 
+  const List no_grads;
+  const Writing<List> writing(
+      {&params, options.scaled ? &grads : &no_grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &state_steps});
   std::vector<AdamBias> biases(params.size());
   double last_step = 0;  // mostly all the parameters are at the same step
   AdamBias bias{};
   const auto prepare = [&](size_t i) {
-    const double step = advance(state_steps[i]);
+    const double step = advance(steps[i]);
     if (step != last_step) bias = {lr / (1 - std::pow(beta1, step)), std::sqrt(1 - std::pow(beta2, step))};
     last_step = step;
     biases[i] = bias;
   };
   const auto* kernels = amsgrad ? adam_kernels().update_amsgrad : adam_kernels().update;
-  fused_update("adam_", operands, prepare, [&](size_t i, DType dtype, void* const* data, int64_t count) {
+  fused_update(operands, prepare, [&](size_t i, DType dtype, void* const* data, int64_t count) {
     kernels[dtype](options, biases[i], data, count);
   });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) { m.impl("adam_", TORCH_BOX(&adam_)); }
+void bind_adam(pybind11::module_& m) { m.def("adam_", &adam_<pybind11::list>); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) { m.impl("adam_", TORCH_BOX(&adam_<std::vector<Tensor>>)); }
 
 }  // namespace fastnn::cpu

@@ -1,14 +1,16 @@
 // Glue of fastnn::sgd_ on the CPU.
 #include "cpu/kernels/sgd.h"
 
-#include "cpu/tensor_lists.h"
+#include "cpu/python_lists.h"
 
 namespace fastnn::cpu {
 namespace {
 
-void sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffer_list,
-          std::vector<int64_t> first_steps, double lr, double momentum, double dampening, double weight_decay,
-          bool nesterov, bool maximize, bool lr_in_velocity, std::optional<double> grad_scale) {
+// List: std::vector<Tensor> for the operator, pybind11::list for fastnn.optim.
+template <class List>
+void sgd_(List params, List grads, List momentum_buffer_list, std::vector<int64_t> first_steps, double lr,
+          double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool lr_in_velocity,
+          std::optional<double> grad_scale) {
   SgdOptions options{};
   options.grad_factor = lr_in_velocity ? -lr : 1;
   options.step_factor = lr_in_velocity ? 1 : -lr;
@@ -19,8 +21,14 @@ void sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
   options.maximize = maximize;
   options.scaled = grad_scale.has_value();
   options.grad_scale = grad_scale.value_or(1);
-  Operands operands = {{"params", &params, true}, {"grads", &grads, options.scaled}};
-  if (momentum != 0) operands.push_back({"momentum_buffer_list", &momentum_buffer_list, true});
+  Operands operands;
+  const auto add = [&](const char* name, const List& list, bool updated) {
+    operands.push_back({name, views_of(list, "sgd_", name), updated});
+  };
+  add("params", params, true);
+  add("grads", grads, options.scaled);
+  if (momentum != 0) add("momentum_buffer_list", momentum_buffer_list, true);
+  check_operands("sgd_", operands);
 
   std::vector<Momentum> modes(params.size(), momentum == 0 ? Momentum::kNone : Momentum::kOn);
   for (int64_t i : first_steps) {
@@ -28,14 +36,18 @@ void sgd_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
                     ", expected indices of parameters with momentum");
     modes[i] = Momentum::kFirstStep;
   }
+  const List no_grads;
+  const Writing<List> writing({&params, options.scaled ? &grads : &no_grads, &momentum_buffer_list});
   const auto kernel = sgd_kernels().update;
   fused_update(
-      "sgd_", operands, [](size_t) {},
+      operands, [](size_t) {},
       [&](size_t i, DType dtype, void* const* data, int64_t count) { kernel[dtype](options, modes[i], data, count); });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) { m.impl("sgd_", TORCH_BOX(&sgd_)); }
+void bind_sgd(pybind11::module_& m) { m.def("sgd_", &sgd_<pybind11::list>); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) { m.impl("sgd_", TORCH_BOX(&sgd_<std::vector<Tensor>>)); }
 
 }  // namespace fastnn::cpu

@@ -1,5 +1,6 @@
 #include "cpu/tensor_lists.h"
 
+#include <string>
 #include <utility>
 
 #include "cpu/strides.h"
@@ -7,28 +8,34 @@
 namespace fastnn::cpu {
 namespace {
 
-constexpr int64_t kElementSize[kNumDTypes] = {8, 4, 2, 2};
+constexpr ScalarType kScalarTypes[kNumDTypes] = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16,
+                                                 ScalarType::Half};
 
-int32_t dtype_code(const Tensor& tensor) {
-  int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-  return code;
+bool is_contiguous(const int64_t* sizes, const int64_t* strides, int64_t dims) {
+  int64_t expected = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
 }
 
-// dtype_of asks libtorch for a dozen dtype codes; a step over thousands of small tensors feels that.
-DType dtype_from_code(int32_t code, const Tensor& tensor, const char* op, const char* name) {
-  static const int32_t codes[kNumDTypes] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(),
-                                            aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
-  for (int i = 0; i < kNumDTypes; ++i)
-    if (codes[i] == code) return DType(i);
-  return dtype_of(tensor, op, name);
-}
-
-bool is_expanded(const Tensor& tensor) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  for (size_t d = 0; d < sizes.size(); ++d)
-    if (strides[d] == 0 && sizes[d] > 1) return true;
+bool is_expanded(const View& view) {
+  for (int64_t d = 0; d < view.dims; ++d)
+    if (view.strides[d] == 0 && view.sizes[d] > 1) return true;
   return false;
+}
+
+std::string described(const View& view) {
+  std::string text = std::string(torch::headeronly::toString(kScalarTypes[view.dtype])) + " [";
+  for (int64_t d = 0; d < view.dims; ++d) text += (d ? ", " : "") + std::to_string(view.sizes[d]);
+  return text + "]";
+}
+
+Tensor tensor_of(const View& view) {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(view.data, {view.sizes, size_t(view.dims)}, {view.strides, size_t(view.dims)}, cpu,
+                                  kScalarTypes[view.dtype]);
 }
 
 // copy_ refuses an expanded target; its elements that share memory are all alike, so the first of each is enough.
@@ -43,44 +50,53 @@ void copy_back(Tensor target, Tensor source) {
 
 }  // namespace
 
+View::View(void* data, const int64_t* sizes, const int64_t* strides, int64_t dims, DType dtype)
+    : data(static_cast<char*>(data)), sizes(sizes), strides(strides), dims(dims), count(1), dtype(dtype) {
+  for (int64_t d = 0; d < dims; ++d) count *= sizes[d];
+  contiguous = count == 0 || is_contiguous(sizes, strides, dims);
+}
+
+Views views_of(const std::vector<Tensor>& tensors, const char* op, const char* name) {
+  Views views;
+  views.reserve(tensors.size());
+  for (const Tensor& tensor : tensors)
+    views.emplace_back(tensor.data_ptr(), tensor.sizes().data(), tensor.strides().data(), tensor.dim(),
+                       dtype_of(tensor, op, name));
+  return views;
+}
+
 void check_operands(const char* op, const Operands& operands) {
-  STD_TORCH_CHECK(operands.size() <= kMaxOperands, op, ": too many operands");
-  const std::vector<Tensor>& params = *operands[0].tensors;
-  for (const Operand& operand : operands)
-    STD_TORCH_CHECK(operand.tensors->size() == params.size(), op, ": ", operand.name, " has ", operand.tensors->size(),
-                    " tensors, expected ", params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    const Tensor& param = params[i];
-    const int32_t code = dtype_code(param);
-    dtype_from_code(code, param, op, operands[0].name);
-    const auto sizes = param.sizes();
-    for (const Operand& operand : operands) {
-      const Tensor& tensor = (*operand.tensors)[i];
-      if (dtype_code(tensor) != code) check_same_dtype(tensor, param, op, operand.name);
-      const auto other = tensor.sizes();
-      if (other.size() != sizes.size() || !std::equal(sizes.begin(), sizes.end(), other.begin()))
-        check_same_shape(tensor, param, op, operand.name);
-      // Only the gradients, which come second, may be: see copy_back.
-      if (operand.updated && operand.tensors != operands[1].tensors && !tensor.is_contiguous())
-        STD_TORCH_CHECK(!is_expanded(tensor), op, ": ", operand.name, " has elements that share memory");
+  const Views& params = operands[0].views;
+  const auto refuse = [&](const Operand& operand, const std::string& what) {
+    throw NotCovered(std::string(op) + ": " + operand.name + " has " + what);
+  };
+  for (const Operand& operand : operands) {
+    if (operand.views.size() != params.size())
+      refuse(operand, std::to_string(operand.views.size()) + " tensors, expected " + std::to_string(params.size()));
+    const bool is_grads = &operand == &operands[1];
+    for (size_t i = 0; i < params.size(); ++i) {
+      const View &view = operand.views[i], &param = params[i];
+      if (view.dtype != param.dtype || view.dims != param.dims ||
+          !std::equal(view.sizes, view.sizes + view.dims, param.sizes))
+        refuse(operand, described(view) + " beside a parameter that is " + described(param));
+      // Gradients may be: see copy_back.
+      if (operand.updated && !is_grads && !view.contiguous && is_expanded(view))
+        refuse(operand, "elements that share memory");
     }
   }
 }
 
-bool share_memory(const std::vector<Tensor>& tensors) {
-  if (tensors.size() < 2) return false;
+bool share_memory(const Views& views) {
   std::vector<std::pair<const char*, const char*>> ranges;
-  ranges.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) {
-    if (tensor.numel() == 0) continue;
-    int64_t last = tensor.numel() - 1;
-    if (!tensor.is_contiguous()) {
-      const auto sizes = tensor.sizes(), strides = tensor.strides();
+  ranges.reserve(views.size());
+  for (const View& view : views) {
+    if (view.count == 0) continue;
+    int64_t last = view.count - 1;
+    if (!view.contiguous) {
       last = 0;
-      for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+      for (int64_t d = 0; d < view.dims; ++d) last += (view.sizes[d] - 1) * view.strides[d];
     }
-    const char* begin = static_cast<const char*>(tensor.data_ptr());
-    ranges.emplace_back(begin, begin + (last + 1) * int64_t(tensor.element_size()));
+    ranges.emplace_back(view.data, view.data + (last + 1) * kElementSize[view.dtype]);
   }
   std::sort(ranges.begin(), ranges.end());
   for (size_t i = 1; i < ranges.size(); ++i)
@@ -88,35 +104,31 @@ bool share_memory(const std::vector<Tensor>& tensors) {
   return false;
 }
 
-Gathered::Gathered(const char* op, const Operands& operands, size_t first, size_t last)
-    : operands_(operands), first_(first) {
+Gathered::Gathered(const Operands& operands, size_t first, size_t last) : operands_(operands), first_(first) {
   data_.reserve((last - first) * operands.size());
   ends_.reserve(last - first);
-  dtypes_.reserve(last - first);
-  element_sizes_.reserve(last - first);
   int64_t total = 0;
   for (size_t i = first; i < last; ++i) {
-    const Tensor& param = (*operands[0].tensors)[i];
-    total += param.numel();
+    total += operands[0].views[i].count;
     ends_.push_back(total);
-    dtypes_.push_back(dtype_from_code(dtype_code(param), param, op, operands[0].name));
-    element_sizes_.push_back(kElementSize[dtypes_.back()]);
     bool contiguous = true;
-    for (const Operand& operand : operands) contiguous = contiguous && (*operand.tensors)[i].is_contiguous();
-    if (contiguous) {
-      for (const Operand& operand : operands) data_.push_back(static_cast<char*>((*operand.tensors)[i].data_ptr()));
-      continue;
+    for (const Operand& operand : operands) {
+      contiguous = contiguous && operand.views[i].contiguous;
+      data_.push_back(operand.views[i].data);
     }
+    if (contiguous) continue;
+    char** data = &data_[data_.size() - operands.size()];
+    const Tensor param = tensor_of(operands[0].views[i]);
     const Tensor order = is_dense(param) ? param : torch::stable::empty_like(param);
     for (const Operand& operand : operands) {
-      Tensor tensor = (*operand.tensors)[i];
+      const Tensor tensor = tensor_of(operand.views[i]);
       if (!same_strides(tensor, order)) {
         Tensor copy = torch::stable::empty_like(order);
         torch::stable::copy_(copy, tensor);
+        *data = static_cast<char*>(copy.data_ptr());
         copies_.push_back({tensor, copy, operand.updated});
-        tensor = copy;
       }
-      data_.push_back(static_cast<char*>(tensor.data_ptr()));
+      ++data;
     }
   }
 }

@@ -19,4 +19,4 @@ def _fake(params: list[Tensor], *args: Any) -> None:
 
 
 torch.library.register_fake("fastnn::adam_", _fake)
-adam_ = not_differentiable("adam_")
+not_differentiable("adam_")

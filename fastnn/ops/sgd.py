@@ -19,4 +19,4 @@ def _fake(params: list[Tensor], *args: Any) -> None:
 
 
 torch.library.register_fake("fastnn::sgd_", _fake)
-sgd_ = not_differentiable("sgd_")
+not_differentiable("sgd_")

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import log_once, use_kernels
-from fastnn.ops.adam import adam_
-from fastnn.optim.step import all_plain, native_step, params_and_grads, updated
+from fastnn.dispatch import _C, log_once
+from fastnn.optim.step import kernels_wanted, native_step, params_and_grads, states_of, updated
 
 
 class Adam(torch.optim.Adam):
@@ -38,7 +37,7 @@ class Adam(torch.optim.Adam):
         return loss
 
     def _fused_step(self, group: dict[str, Any]) -> bool:
-        if torch.compiler.is_compiling() or not use_kernels("adam"):
+        if not kernels_wanted("adam"):
             return False
         if group["capturable"] or group["differentiable"]:
             log_once("adam", "of capturable or differentiable")
@@ -49,30 +48,22 @@ class Adam(torch.optim.Adam):
         params, grads = params_and_grads(group)
         if not params:
             return True
-        if not all_plain("adam", params, grads):
-            return False
-        states: list[Any] = [self.state.get(p) for p in params]
+        states = states_of(self, params)
         if not all(states):
             self._init_group(group, [], [], [], [], [], [])
-            states = [self.state[p] for p in params]
+            states = states_of(self, params)
         if bool(getattr(self, "found_inf", None) or 0):  # any number but 0
             return True
-        exp_avgs = [s["exp_avg"] for s in states]
-        exp_avg_sqs = [s["exp_avg_sq"] for s in states]
-        max_exp_avg_sqs = [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else []
-        steps = [s["step"] for s in states]
         grad_scale = getattr(self, "grad_scale", None)
-        writes = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps]
         return updated(
             "adam",
-            adam_,
-            writes if grad_scale is None else [*writes, grads],
+            _C.adam_,
             params,
             grads,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            steps,
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
+            [s["step"] for s in states],
             float(lr),
             float(beta1),
             float(beta2),

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as native_sgd
 
-from fastnn.dispatch import log_once, use_kernels
-from fastnn.ops.sgd import sgd_
-from fastnn.optim.step import all_plain, native_step, params_and_grads, updated
+from fastnn.dispatch import _C, log_once
+from fastnn.optim.step import kernels_wanted, native_step, params_and_grads, states_of, updated
 
 
 class SGD(torch.optim.SGD):
@@ -90,7 +89,7 @@ class SGD(torch.optim.SGD):
         return loss
 
     def _fused_step(self, group: dict[str, Any]) -> bool:
-        if torch.compiler.is_compiling() or not use_kernels("sgd"):
+        if not kernels_wanted("sgd"):
             return False
         if group["differentiable"]:
             log_once("sgd", "of differentiable")
@@ -98,12 +97,10 @@ class SGD(torch.optim.SGD):
         params, grads = params_and_grads(group)
         if not params:
             return True
-        if not all_plain("sgd", params, grads):
-            return False
         skipped = bool(getattr(self, "found_inf", None) or 0)  # any number but 0
         if group["momentum"] == 0:
             return skipped or self._update(group, params, grads, [], [])
-        states = [self.state[p] for p in params]
+        states = states_of(self, params)
         buffers = [s.get("momentum_buffer") for s in states]
         first_steps = [i for i, b in enumerate(buffers) if b is None]
         if not skipped:
@@ -112,18 +109,16 @@ class SGD(torch.optim.SGD):
             if not self._update(group, params, grads, buffers, first_steps):
                 return False
         for i in first_steps:
-            states[i]["momentum_buffer"] = None if skipped else buffers[i]
+            self.state[params[i]]["momentum_buffer"] = None if skipped else buffers[i]
         return True
 
     def _update(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Any], first: list[int]
     ) -> bool:
         grad_scale = getattr(self, "grad_scale", None)
-        writes = [params, buffers]
         return updated(
             "sgd",
-            sgd_,
-            writes if grad_scale is None else [*writes, grads],
+            _C.sgd_,
             params,
             grads,
             buffers,

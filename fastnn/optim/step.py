@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import chain
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import log_once
+from fastnn.dispatch import _C, log_once, use_kernels
 
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+
+def kernels_wanted(op: str) -> bool:
+    """Whether nothing that torch has switched on must see the step: the kernels are called past the dispatcher."""
+    if torch.compiler.is_compiling() or not use_kernels(op):
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0:
+        log_once(op, "of an active TorchDispatchMode")
+        return False
+    return True
 
 
 def params_and_grads(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -19,8 +27,17 @@ def params_and_grads(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]
     all_grads = [p.grad for p in group["params"]]
     grads = [g for g in all_grads if g is not None]
     if len(grads) == len(all_grads):
-        return group["params"], grads
+        return list(group["params"]), grads
     return [p for p, g in zip(group["params"], all_grads, strict=True) if g is not None], grads
+
+
+def states_of(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[dict[str, Any]]:
+    """The parameters' states; for one that has none yet an empty dict, which is not stored."""
+    state = optimizer.state
+    # A look-up hashes, in Python, the tensor. Mostly the states lie in the parameters' order and need none.
+    if len(state) == len(params) and all(map(operator.is_, state, params)):
+        return list(state.values())
+    return [state.get(p, {}) for p in params]
 
 
 def native_step(cls: type[torch.optim.Optimizer], optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
@@ -36,25 +53,11 @@ def native_step(cls: type[torch.optim.Optimizer], optimizer: torch.optim.Optimiz
         optimizer.param_groups = groups
 
 
-def all_plain(op: str, *lists: Iterable[Tensor]) -> bool:
-    """Whether no tensor is of a subclass that might want to see the call (DTensor, ...)."""
-    others = set(map(type, chain(*lists))) - _PLAIN_TYPES
-    if others:
-        log_once(op, f"of {', '.join(sorted(t.__name__ for t in others))} arguments")
-    return not others
-
-
-def updated(op: str, kernel: Callable[..., None], lists: list[list[Tensor]], *args: Any) -> bool:
-    """Runs ``kernel`` on ``lists``, which it updates. False where it refuses, having changed nothing.
-
-    Asking each tensor for its dtype, device and layout from Python would cost more than the update of a small one; the
-    operator checks them all before its first write.
-    """
+def updated(op: str, kernel: Callable[..., None], *args: Any) -> bool:
+    """Runs ``kernel`` on lists of tensors. False where it does not take one of them: nothing has changed then."""
     try:
-        for tensors in lists:
-            torch.autograd.graph.increment_version(tensors)
         kernel(*args)
-    except RuntimeError as refusal:
-        log_once(op, str(refusal).partition("\n")[0])
+    except _C.NotCovered as refusal:
+        log_once(op, str(refusal))
         return False
     return True

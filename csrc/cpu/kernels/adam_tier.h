@@ -55,8 +55,9 @@ FASTNN_INLINE void adam_vector(const AdamOptions& o, const AdamVectors<A>& s, Ve
 }
 
 template <class T, bool kAmsgrad>
-void adam_update(const AdamOptions& o, const AdamBias& bias, void* const* data, int64_t count) {
+void adam_update(const AdamOptions& options, const AdamBias& bias, void* const* data, int64_t count) {
   using A = Accumulator<T>;
+  const AdamOptions o = options;  // a copy that no store through T* can change stays in registers
   const AdamVectors<A> s = adam_vectors<A>(o, bias);
   T* param = static_cast<T*>(data[0]);
   T* grad = static_cast<T*>(data[1]);

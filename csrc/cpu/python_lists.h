@@ -1,0 +1,28 @@
+// The optimizers' arguments straight from Python lists of tensors, past torch's dispatcher: DLPack's exchange table
+// gives a tensor's address, shape and type in 30 to 60 ns, an operator's argument costs 200 or more, which is most of
+// the step of a small tensor. Nothing is kept from one step to the next.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "cpu/tensor_lists.h"
+
+namespace fastnn::cpu {
+
+// Throws NotCovered for what is not a plain torch tensor in CPU memory with elements of a type the kernels have.
+Views views_of(const pybind11::list& tensors, const char* op, const char* name);
+
+// Increments the tensors' version counters as torch's in-place operators do, then lets go of the GIL.
+template <>
+struct Writing<pybind11::list> {
+  explicit Writing(std::initializer_list<const pybind11::list*> lists);
+  std::optional<pybind11::gil_scoped_release> released;
+};
+
+void bind_adam(pybind11::module_& m);
+void bind_sgd(pybind11::module_& m);
+
+}  // namespace fastnn::cpu
