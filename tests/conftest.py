@@ -5,6 +5,7 @@ import logging
 import hypothesis
 import pytest
 import torch
+import torch.testing._internal.common_utils  # loads a hypothesis profile of its own: before ours
 
 import fastnn
 from fastnn import _C
