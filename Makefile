@@ -22,7 +22,7 @@ missing = { echo "fastnn: $(1)" >&2; exit 1; }
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.built  ## train on real images three ways (native, fastnn, converted) and compare; about 5 minutes
+demo: $(VENV)/.built  ## train on real images three ways (native, fastnn, converted) and compare; about 6 minutes
 	@$(BIN)/python examples/compare.py --epochs 2 $(ARGS)
 
 test: $(VENV)/.built  ## run the test suite
