@@ -1,6 +1,8 @@
 """Every test of an operator runs once per implementation this machine has: the ``backend`` fixture."""
 
+import importlib.util
 import logging
+import os
 
 import hypothesis
 import pytest
@@ -19,13 +21,25 @@ hypothesis.settings.load_profile("fixed")
 
 BACKENDS = [f"cpu-{isa}" for isa in _C.available_isas()]
 
+# The CUDA kernels compiled for the CPU, which then serve CPU tensors in place of the CPU's own: test_cuda_emulation.py
+# runs the tests once more, in a process of their own, with this library.
+EMULATED_CUDA = os.environ.get("FASTNN_TEST_EMULATED_CUDA")
+if EMULATED_CUDA:
+    spec = importlib.util.spec_from_file_location("_C_cuda", EMULATED_CUDA)
+    emulated_cuda = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emulated_cuda)
+    BACKENDS = ["cuda-emulated"]
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Forces one implementation ('cpu-avx2', ...) for the test, and fails it if a call goes to native torch."""
     device, isa = request.param.split("-")
     before = _C.isa()
-    _C.set_isa(isa)
+    if EMULATED_CUDA:
+        device = "cpu"
+    else:
+        _C.set_isa(isa)
     fallbacks = []
     handler = logging.Handler()
     handler.emit = lambda record: fallbacks.append(record.getMessage())
