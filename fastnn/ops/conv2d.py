@@ -13,14 +13,12 @@ from fastnn.ops.relu import relu_backward
 Ints = list[int]
 
 
-def _output_size(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
-    """Sizes of the convolution's result; padding is (top, left, bottom, right)."""
-    spatial = [
-        (input.shape[2 + d] + padding[d] + padding[2 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d]
-        + 1
-        for d in range(2)
+def output_size(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
+    """Height and width of the convolution's result; padding is (top, left, bottom, right)."""
+    sizes, kernel = input.shape[-2:], weight.shape[-2:]
+    return [
+        (sizes[d] + padding[d] + padding[d + 2] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)
     ]
-    return [input.shape[0], weight.shape[0], *spatial]
 
 
 def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
@@ -39,8 +37,8 @@ def _conv2d_fake(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    size = _output_size(input, weight, stride, padding, dilation)
-    return input.new_empty(size).to(memory_format=_memory_format(input, weight))
+    size = output_size(input, weight, stride, padding, dilation)
+    return input.new_empty([input.shape[0], weight.shape[0], *size]).to(memory_format=_memory_format(input, weight))
 
 
 @torch.library.register_fake("fastnn::conv2d_relu_max_pool2d")
@@ -55,9 +53,9 @@ def _conv2d_relu_max_pool2d_fake(
     pool_kernel_size: Ints,
     pool_stride: Ints,
 ) -> tuple[Tensor, Tensor]:
-    size = _output_size(input, weight, stride, padding, dilation)
-    size[2:] = [(size[2 + d] - pool_kernel_size[d]) // pool_stride[d] + 1 for d in range(2)]
-    output = input.new_empty(size).to(memory_format=_memory_format(input, weight))
+    size = output_size(input, weight, stride, padding, dilation)
+    pooled = [(size[d] - pool_kernel_size[d]) // pool_stride[d] + 1 for d in range(2)]
+    output = input.new_empty([input.shape[0], weight.shape[0], *pooled]).to(memory_format=_memory_format(input, weight))
     return output, torch.empty_like(output, dtype=torch.uint8)
 
 
@@ -159,10 +157,10 @@ def _unmask(
         return relu_backward(grad_output, relu_output)
     if code is None:
         return grad_output
-    size = _output_size(input, weight, *geometry[:3])
-    index, alive = _pool_index(code, size[3], pool)
-    zeros = grad_output.new_zeros([size[0], size[1], size[2] * size[3]])
-    return zeros.scatter_add(2, index, (grad_output * alive).flatten(2)).view(size)
+    size = output_size(input, weight, *geometry[:3])
+    index, alive = _pool_index(code, size[1], pool)
+    zeros = grad_output.new_zeros([*grad_output.shape[:2], size[0] * size[1]])
+    return zeros.scatter_add(2, index, (grad_output * alive).flatten(2)).unflatten(2, size)
 
 
 def _mask(grad: Tensor, relu_output: Tensor | None, code: Tensor | None, pool: tuple[Ints, Ints]) -> Tensor:
