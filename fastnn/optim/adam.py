@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import _C
-from fastnn.optim.step import FusedStep, states_of, updated
+from fastnn.optim.step import FusedStep, Numbers, states_of, updated
 
 
 class Adam(FusedStep, torch.optim.Adam):
@@ -27,9 +26,7 @@ class Adam(FusedStep, torch.optim.Adam):
     _op = "adam"
     _native = torch.optim.Adam
 
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], skipped: bool, grad_scale: float | None
-    ) -> bool:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], numbers: Numbers) -> bool:
         lr, (beta1, beta2) = group["lr"], group["betas"]
         if group["foreach"] and any(isinstance(x, Tensor) for x in (lr, beta1, beta2)):
             return False  # an error of torch's
@@ -37,16 +34,17 @@ class Adam(FusedStep, torch.optim.Adam):
         if not all(states):
             self._init_group(group, [], [], [], [], [], [])
             states = states_of(self, params)
-        return skipped or updated(
+        return numbers.skip or updated(
             "adam",
-            _C.adam_,
-            params,
-            grads,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
-            [s["step"] for s in states],
-            float(lr),
+            [
+                params,
+                grads,
+                [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states],
+                [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
+                [s["step"] for s in states],
+            ],
+            numbers,
             float(beta1),
             float(beta2),
             float(group["weight_decay"]),
@@ -54,7 +52,6 @@ class Adam(FusedStep, torch.optim.Adam):
             bool(group["amsgrad"]),
             bool(group["maximize"]),
             bool(group["decoupled_weight_decay"]),
-            grad_scale,
         )
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as native_sgd
 
-from fastnn.dispatch import _C
-from fastnn.optim.step import FusedStep, states_of, updated
+from fastnn.optim.step import FusedStep, Numbers, states_of, updated
 
 
 class SGD(FusedStep, torch.optim.SGD):
@@ -75,33 +74,32 @@ class SGD(FusedStep, torch.optim.SGD):
         for group in self.param_groups:
             group.setdefault("lr_in_velocity", False)
 
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], skipped: bool, grad_scale: float | None
-    ) -> bool:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], numbers: Numbers) -> bool:
         buffers: list[Tensor | None] = []
         first_steps: list[int] = []
         if group["momentum"] != 0:
             states = states_of(self, params)
             buffers = [s.get("momentum_buffer") for s in states]
             first_steps = [i for i, b in enumerate(buffers) if b is None]
-        if not skipped:
+        as_first = first_steps
+        if first_steps and isinstance(numbers.found_inf, Tensor):
+            if group["dampening"] == 0:  # a first step is one from a buffer of zeros, and so may follow a skipped one
+                as_first = []
+            else:
+                numbers = numbers._replace(found_inf=float(numbers.found_inf))
+        if not numbers.skip:
             for i in first_steps:
-                buffers[i] = torch.empty_like(params[i])
+                buffers[i] = torch.empty_like(params[i]) if as_first else torch.zeros_like(params[i])
             if not updated(
                 "sgd",
-                _C.sgd_,
-                params,
-                grads,
-                buffers,
-                first_steps,
-                float(group["lr"]),
+                [params, grads, buffers, as_first],
+                numbers,
                 float(group["momentum"]),
                 float(group["dampening"]),
                 float(group["weight_decay"]),
                 bool(group["nesterov"]),
                 bool(group["maximize"]),
                 bool(group["lr_in_velocity"]),
-                grad_scale,
             ):
                 return False
         for i in first_steps:
