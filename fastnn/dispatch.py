@@ -47,9 +47,18 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The backend forced here, if one is. A compiled function keeps what this was when it was compiled."""
+    return _forced.get()
+
+
+# What torch.compiler.assume_constant_result sets, without that function's import of the whole compiler.
+forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def log_once(op: str, reason: str) -> None:
-    """One DEBUG line per operator and reason: why a call went to native torch."""
-    if (op, reason) not in _logged:
+    """One DEBUG line per operator and reason: why a call went to native torch. None while torch.compile traces."""
+    if not torch.compiler.is_compiling() and (op, reason) not in _logged:
         _logged.add((op, reason))
         logger.debug("%s: native torch, because %s", op, reason)
 
@@ -88,9 +97,9 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
             continue
         log_once(op, _why_not(tensor, dtype))
         return False
-    if _forced.get() == "torch":
+    if forced() == "torch":
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._are_functorch_transforms_active():
         log_once(op, "of a torch.func transform")
         return False
     if forward_ad._current_level >= 0:
