@@ -22,7 +22,10 @@ constexpr int64_t kPanelResults = 64;
 constexpr int64_t kDepthBytes = 20 << 10;  // a tile's operands: most of an L1 cache, beside the weights that pass by
 // The dot-product weight gradient sums lanes once a block and pair: longer blocks, fewer sums. The outer-product one
 // has a block's operands of one channel group in the L1 cache.
-constexpr int64_t kDotPositions = 1024, kOuterPositions = 256, kGradBytes = 384 << 10, kGradChannels = 64;
+constexpr int64_t kDotPositions = 1024, kOuterPositions = 256, kGradBytes = 384 << 10;
+// Channels of either side a block takes: a block is packed once for each block of the other side, and that takes more
+// of the time where there is one tap to use it.
+constexpr int64_t kGradChannels = 64, kGradChannelsOneTap = 128;
 constexpr int64_t kGradTasks = 32;                  // at the least, where the shape allows: shape alone decides
 constexpr int64_t kSliceBytes = int64_t(64) << 20;  // all private weight gradients together
 
@@ -192,8 +195,9 @@ void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
 void plan(TapGrad& p, int64_t element, int64_t lanes) {
   p.outer = p.group_channels >= 2 * lanes;
   p.block_groups = p.outer ? 1 : groups_together(p, p.source.stride.c == 1 || p.grad.stride.c == 1);
-  p.block_channels = p.block_groups > 1 ? p.group_channels : std::min(p.group_channels, kGradChannels);
-  p.block_results = p.block_groups > 1 ? p.group_results : std::min(p.group_results, kGradChannels);
+  const int64_t most_channels = p.num_taps == 1 ? kGradChannelsOneTap : kGradChannels;
+  p.block_channels = p.block_groups > 1 ? p.group_channels : std::min(p.group_channels, most_channels);
+  p.block_results = p.block_groups > 1 ? p.group_results : std::min(p.group_results, most_channels);
   const auto fits = [&](int64_t rows, int64_t images) {
     set_block(p.planes, rows, images, lanes);
     const int64_t grad_plane = p.planes.plane / p.planes.phases;
