@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn import dispatch as dispatch  # registers the operators
-from fastnn.ops.autograd import BelowAutograd, differentiable
+from fastnn.ops.autograd import Function, differentiable, run
 from fastnn.ops.relu import relu_backward
 
 Ints = list[int]
@@ -83,13 +82,12 @@ def _conv2d_backward_fake(
     )
 
 
-class Conv2dBackward(torch.autograd.Function):
+class Conv2dBackward(Function):
     """The gradients of input, weight and bias: bilinear, so their own gradients are convolutions again."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with BelowAutograd():
-            return torch.ops.fastnn.conv2d_backward.default(*args)
+        return run("conv2d_backward", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -175,13 +173,12 @@ def _mask(grad: Tensor, relu_output: Tensor | None, code: Tensor | None, pool: t
     return grad.flatten(2).gather(2, index).view(code.shape) * alive
 
 
-class Conv2d(torch.autograd.Function):
+class Conv2d(Function):
     """``fastnn::conv2d``; saves input and weight, and where ReLU is fused its result."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        with BelowAutograd():
-            return torch.ops.fastnn.conv2d.default(*args)
+        return run("conv2d", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -196,13 +193,12 @@ class Conv2d(torch.autograd.Function):
         return (*grads, *[None] * 5)
 
 
-class Conv2dReLUMaxPool2d(torch.autograd.Function):
+class Conv2dReLUMaxPool2d(Function):
     """``fastnn::conv2d_relu_max_pool2d``; saves input, weight and one byte a pooled element."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        with BelowAutograd():
-            return torch.ops.fastnn.conv2d_relu_max_pool2d.default(*args)
+        return run("conv2d_relu_max_pool2d", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
