@@ -14,10 +14,11 @@ class Adam(FusedStep, torch.optim.Adam):
     """As :class:`torch.optim.Adam`: the same arguments, errors and ``state_dict``, interchangeable mid-training.
 
     A step is one pass over all the parameters of a group that have a gradient: float64, float32, bfloat16 or float16 on
-    the CPU, of any shape and strides, with state of the same dtype (16-bit types are updated in float32 and rounded
-    once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes :class:`torch.amp.GradScaler`
-    leave the unscaling to the step, as in torch. Groups with other parameters or gradients (complex, sparse, on another
-    device, of a tensor subclass), ``capturable`` and ``differentiable`` ones are updated by torch.
+    the CPU or a CUDA device, of any shape and strides, with state of the same dtype (16-bit types are updated in
+    float32 and rounded once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes
+    :class:`torch.amp.GradScaler` leave the unscaling to the step, as in torch. Groups with other parameters or
+    gradients (complex, sparse, on another device, of a tensor subclass), ``differentiable`` ones and, on the CPU,
+    ``capturable`` ones are updated by torch.
 
     Raises:
         ValueError, TypeError, RuntimeError: what :class:`torch.optim.Adam` raises.
@@ -30,21 +31,24 @@ class Adam(FusedStep, torch.optim.Adam):
         lr, (beta1, beta2) = group["lr"], group["betas"]
         if group["foreach"] and any(isinstance(x, Tensor) for x in (lr, beta1, beta2)):
             return False  # an error of torch's
-        states = states_of(self, params)
-        if not all(states):
-            self._init_group(group, [], [], [], [], [], [])
+        if torch.compiler.is_compiling():  # the compiler knows where these come from
+            lists: list[list[Tensor]] = [[], [], [], [], [], []]
+            self._init_group(group, *lists)
+        else:
             states = states_of(self, params)
-        return numbers.skip or updated(
-            "adam",
-            [
+            if not all(states):
+                self._init_group(group, [], [], [], [], [], [])
+                states = states_of(self, params)
+            lists = [
                 params,
                 grads,
                 [s["exp_avg"] for s in states],
                 [s["exp_avg_sq"] for s in states],
                 [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
                 [s["step"] for s in states],
-            ],
-            numbers,
+            ]
+        options = (
+            numbers.lr,
             float(beta1),
             float(beta2),
             float(group["weight_decay"]),
@@ -52,7 +56,9 @@ class Adam(FusedStep, torch.optim.Adam):
             bool(group["amsgrad"]),
             bool(group["maximize"]),
             bool(group["decoupled_weight_decay"]),
+            numbers.grad_scale,
         )
+        return numbers.skipped or updated("adam", lists, options, numbers)
 
 
 class AdamW(Adam, torch.optim.AdamW):

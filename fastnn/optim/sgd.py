@@ -16,10 +16,11 @@ class SGD(FusedStep, torch.optim.SGD):
     keyword more.
 
     A step is one pass over all the parameters of a group that have a gradient: float64, float32, bfloat16 or float16 on
-    the CPU, of any shape and strides, with buffers of the same dtype (16-bit types are updated in float32 and rounded
-    once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes :class:`torch.amp.GradScaler`
-    leave the unscaling to the step, as in torch. Groups with other parameters or gradients (complex, sparse, on another
-    device, of a tensor subclass) and ``differentiable`` ones are updated by torch.
+    the CPU or a CUDA device, of any shape and strides, with buffers of the same dtype (16-bit types are updated in
+    float32 and rounded once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes
+    :class:`torch.amp.GradScaler` leave the unscaling to the step, as in torch. Groups with other parameters or
+    gradients (complex, sparse, on another device, of a tensor subclass) and ``differentiable`` ones are updated by
+    torch.
 
     Args:
         lr_in_velocity: ``True`` gives the classical form ``v = momentum * v - lr * g; p = p + v`` (first step:
@@ -82,25 +83,28 @@ class SGD(FusedStep, torch.optim.SGD):
             buffers = [s.get("momentum_buffer") for s in states]
             first_steps = [i for i, b in enumerate(buffers) if b is None]
         as_first = first_steps
-        if first_steps and isinstance(numbers.found_inf, Tensor):
-            if group["dampening"] == 0:  # a first step is one from a buffer of zeros, and so may follow a skipped one
+        if first_steps and numbers.on_device and (found_inf := numbers.on_device[2]) is not None:
+            if (
+                group["dampening"] == 0
+            ):  # from a buffer of zeros any step is a first one, and so may follow a skipped one
                 as_first = []
             else:
-                numbers = numbers._replace(found_inf=float(numbers.found_inf))
-        if not numbers.skip:
+                numbers = numbers._replace(skipped=bool(found_inf))
+        if not numbers.skipped:
             for i in first_steps:
                 buffers[i] = torch.empty_like(params[i]) if as_first else torch.zeros_like(params[i])
-            if not updated(
-                "sgd",
-                [params, grads, buffers, as_first],
-                numbers,
+            options = (
+                as_first,
+                numbers.lr,
                 float(group["momentum"]),
                 float(group["dampening"]),
                 float(group["weight_decay"]),
                 bool(group["nesterov"]),
                 bool(group["maximize"]),
                 bool(group["lr_in_velocity"]),
-            ):
+                numbers.grad_scale,
+            )
+            if not updated("sgd", [params, grads, buffers], options, numbers):
                 return False
         for i in first_steps:
             self.state[params[i]]["momentum_buffer"] = buffers[i]

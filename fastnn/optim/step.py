@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastnn.dispatch import _C, LIBRARIES, choice, log_once, use_kernels
-from fastnn.ops.autograd import run
 
 
 class Numbers(NamedTuple):
-    """What a step is told by numbers that may be tensors. Kernels that run on the parameters' device read them there,
-    so that the host need not wait."""
+    """What a step is told by numbers that may be tensors: as far as the host knows them, and, for kernels that read
+    them there so that the host need not wait, as tensors on the parameters' device."""
 
-    lr: float | Tensor
-    grad_scale: float | Tensor | None
-    found_inf: float | Tensor | None
+    lr: float
+    grad_scale: float | None
+    skipped: bool  # found_inf is any number but 0: the state is made, but not stepped
+    on_device: tuple[Tensor | None, ...]  # lr, grad_scale, found_inf; empty for kernels that take none
 
-    def on_host(self) -> Numbers:
-        """The same without tensors."""
-        lr, *others = self
-        return Numbers(float(lr), *(None if x is None else float(x) for x in others))
-
-    def on_device(self, device: torch.device) -> list[Tensor | None]:
-        """Those that are tensors there."""
-        return [x if isinstance(x, Tensor) and x.device == device else None for x in self]
-
-    @property
-    def skip(self) -> bool:
-        """Whether the host knows that the step is to be left out: found_inf is any number but 0."""
-        return not isinstance(self.found_inf, Tensor) and bool(self.found_inf or 0)
+    @classmethod
+    def of(cls, lr: Any, grad_scale: Any, found_inf: Any, device: torch.device | None) -> Numbers:
+        """``device``: where the kernels read tensors, if they do."""
+        if device is None:
+            return cls(float(lr), None if grad_scale is None else float(grad_scale), bool(found_inf or 0), ())
+        numbers = (lr, grad_scale, found_inf)
+        there = tuple(x if isinstance(x, Tensor) and x.device == device else None for x in numbers)
+        lr, grad_scale, found_inf = (x if tensor is None else None for x, tensor in zip(numbers, there, strict=True))
+        return cls.of(lr or 0, grad_scale, found_inf, None)._replace(on_device=there)
 
 
 class FusedStep(torch.optim.Optimizer):
@@ -55,26 +51,30 @@ class FusedStep(torch.optim.Optimizer):
 
     def _fused_step(self, group: dict[str, Any]) -> bool:
         """Whether the kernels made the group's step; where not, nothing has changed."""
-        if torch.compiler.is_compiling():
-            return False
         params, grads = params_and_grads(group)
         if not use_kernels(self._op, *params[:1]):  # of the others the kernels themselves say whether they take them
             return False
-        if torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
             log_once(self._op, "of an active TorchDispatchMode")
             return False
-        if not params:
-            return True
-        on_device = library_of(self._op, params) not in (None, _C)
-        for option in ("differentiable",) if on_device else ("capturable", "differentiable"):
-            if group.get(option):
+        read_on_device = not compiling and bool(params) and library_of(self._op, params) is not _C
+        for option in ("differentiable", "capturable"):
+            if group.get(option) and not (option == "capturable" and (compiling or read_on_device)):
                 log_once(self._op, f"of {option}=True")
                 return False
-        if on_device:
+        if not params:
+            return True
+        if compiling and not all(map(use_kernels, [self._op] * len(params), params, grads)):
+            return False
+        if compiling and isinstance(group["lr"], Tensor):  # its value is not known yet
+            return False
+        if read_on_device:
             # torch's own step asks this first; 2.13 has renamed it.
             getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
-        numbers = Numbers(group["lr"], getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        return self._update(group, params, grads, numbers if on_device else numbers.on_host())
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        device = params[0].device if read_on_device else None
+        return self._update(group, params, grads, Numbers.of(group["lr"], grad_scale, found_inf, device))
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], numbers: Numbers) -> bool:
         """`_fused_step` of a group that the kernels may take."""
@@ -112,29 +112,21 @@ def states_of(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[di
 
 
 def library_of(op: str, params: list[Tensor]) -> Any:
-    """The module of compiled kernels that serves these parameters, or None."""
-    return LIBRARIES.get(choice(op, params[0].device.type)[0])
+    """The module whose kernels serve these parameters past the dispatcher."""
+    return LIBRARIES[choice(op, params[0].device.type)[0]]
 
 
-def updated(op: str, lists: list[Any], numbers: Numbers, *args: Any) -> bool:
-    """Runs the operator of ``op`` on ``lists``, the parameters and gradients first, ``numbers.lr`` and ``args``. False
-    where its kernels do not take one of the tensors: nothing has changed then."""
-    params, grads, *_ = lists
-    library = library_of(op, params)
-    tensors = [None] * 3 if library in (None, _C) else numbers.on_device(params[0].device)
-    lr, grad_scale, _ = (None if t is not None else x for x, t in zip(numbers, tensors, strict=True))
-    call = [*lists, float(lr or 0), *args, None if grad_scale is None else float(grad_scale)]
-    refusals = (_C.NotCovered,) if library is None else (_C.NotCovered, library.NotCovered)
+def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[Any, ...], numbers: Numbers) -> bool:
+    """Runs the kernel on lists of tensors, the parameters first. False where it does not take one of them: nothing has
+    changed then."""
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            getattr(torch.ops.fastnn, f"{op}_")(*lists, *options)
+        return True
+    library = library_of(op, lists[0])  # type: ignore[arg-type]
     try:
-        if library is None:
-            run(f"{op}_", *call)
-        else:  # straight from the lists, past the dispatcher; it counts the versions too
-            getattr(library, f"{op}_")(*call, *([] if library is _C else tensors))
-    except refusals as refusal:
+        getattr(library, f"{op}_")(*lists, *options, *numbers.on_device)
+    except library.NotCovered as refusal:
         log_once(op, str(refusal))
         return False
-    if library is None:
-        for changed in (params, [] if numbers.grad_scale is None else grads, *lists[2:]):
-            if changed and isinstance(changed[0], Tensor):
-                torch.autograd.graph.increment_version(changed)
     return True

@@ -58,8 +58,8 @@ struct Fiber {
 
 char* stacks;  // of all fibers, one beside the other
 std::vector<Fiber> fibers(kMaxThreads);
-unsigned current;  // the fiber that runs
-bool in_kernel;
+unsigned current;             // the fiber that runs
+thread_local bool in_kernel;  // other threads may be in the code around a launch, which is watched as well
 Jump scheduler;
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
