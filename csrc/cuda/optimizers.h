@@ -5,7 +5,7 @@
 
 #include "common/python_lists.h"
 #include "cuda/device.h"
-#include "cuda/kernels/tensor_batch.h"
+#include "cuda/kernels/tensor_list.h"
 
 namespace fastnn::cuda {
 

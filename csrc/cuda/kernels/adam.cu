@@ -11,6 +11,8 @@
 
 #include <algorithm>
 
+#include "cuda/kernels/tensor_batch.h"
+
 namespace fastnn::cuda {
 namespace {
 
@@ -24,11 +26,11 @@ struct StepBatch {
 __global__ void __launch_bounds__(kBatchThreads)
     adam_steps_kernel(const __grid_constant__ StepBatch batch, const AdamOptions options, AdamBias* biases) {
   const int i = int(blockIdx.x * kBatchThreads + threadIdx.x);
-  if (i >= batch.size || options.found_inf.read() != 0) return;
+  if (i >= batch.size || read(options.found_inf) != 0) return;
   const Scalar& step = batch.steps[i];
-  const double t = step.read() + (step.data ? 1 : 0), lr = options.lr.read();
-  if (step.data && step.dtype == kFloat64) *static_cast<double*>(const_cast<void*>(step.data)) = t;
-  if (step.data && step.dtype == kFloat32) *static_cast<float*>(const_cast<void*>(step.data)) = float(t);
+  const double t = read(step) + (step.data ? 1 : 0), lr = read(options.lr);
+  if (step.data && step.dtype == kFloat64) *static_cast<double*>(step.data) = t;
+  if (step.data && step.dtype == kFloat32) *static_cast<float*>(step.data) = float(t);
   biases[i] = {lr / (1 - pow(options.beta1, t)), sqrt(1 - pow(options.beta2, t)), 1 - lr * options.weight_decay};
 }
 
@@ -38,10 +40,10 @@ __global__ void __launch_bounds__(kBatchThreads)
                 const AdamBias* biases) {
   using A = Accumulator<T>;
   constexpr int kOperands = kAmsgrad ? 5 : 4;
-  if (options.found_inf.read() != 0) return;
+  if (read(options.found_inf) != 0) return;
   const BatchedTensor<kOperands>& tensor = tensor_of_block(batch);
   const AdamBias bias = biases[tensor.number];
-  const A grad_scale = A(options.grad_scale.read()), decay = A(bias.decay), weight_decay = A(options.weight_decay);
+  const A grad_scale = A(read(options.grad_scale)), decay = A(bias.decay), weight_decay = A(options.weight_decay);
   // torch's lerp starts from the nearer end.
   const A lerp = A(1 - options.beta1), beta2 = A(options.beta2), one_minus_beta2 = A(1 - options.beta2);
   const A eps = A(options.eps), step = A(-bias.step_size), correction = A(bias.bias_correction2_sqrt);

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "cuda/kernels/tensor_batch.h"
+#include "cuda/kernels/tensor_list.h"
 
 namespace fastnn::cuda {
 

@@ -7,6 +7,8 @@
 // Bytes: with momentum p, g, b are read and p, b written once, 5 * count * sizeof(T); without, 3. Memory-bound.
 #include "cuda/kernels/sgd.h"
 
+#include "cuda/kernels/tensor_batch.h"
+
 namespace fastnn::cuda {
 namespace {
 
@@ -15,8 +17,8 @@ __global__ void __launch_bounds__(kBatchThreads)
     sgd_kernel(const __grid_constant__ TensorBatch<kMode == Momentum::kNone ? 2 : 3> batch, const SgdOptions options) {
   using A = Accumulator<T>;
   constexpr int kOperands = kMode == Momentum::kNone ? 2 : 3;
-  if (options.found_inf.read() != 0) return;
-  const A minus_lr = A(-options.lr.read()), grad_scale = A(options.grad_scale.read());
+  if (read(options.found_inf) != 0) return;
+  const A minus_lr = A(-read(options.lr)), grad_scale = A(read(options.grad_scale));
   const A grad_factor = options.lr_in_velocity ? minus_lr : A(1),
           step_factor = options.lr_in_velocity ? A(1) : minus_lr;
   const A weight_decay = A(options.weight_decay), momentum = A(options.momentum), undamped = A(1 - options.dampening);

@@ -1,7 +1,7 @@
 // Launcher of the CUDA SGD kernels.
 #pragma once
 
-#include "cuda/kernels/tensor_batch.h"
+#include "cuda/kernels/tensor_list.h"
 
 namespace fastnn::cuda {
 

@@ -3,32 +3,25 @@
 #pragma once
 
 #include <cstring>
-#include <vector>
 
 #include "cuda/kernels/launch.h"
+#include "cuda/kernels/tensor_list.h"
 
 namespace fastnn::cuda {
 
-// A number that the host knows, or one in device memory.
-struct Scalar {
-  double value;
-  const void* data;  // null: value
-  DType dtype;
-
-  __device__ double read() const {
-    if (!data) return value;
-    switch (dtype) {
-      case kFloat64:
-        return *static_cast<const double*>(data);
-      case kFloat32:
-        return *static_cast<const float*>(data);
-      case kBFloat16:
-        return widen(*static_cast<const bf16*>(data));
-      default:
-        return widen(*static_cast<const f16*>(data));
-    }
+__device__ inline double read(const Scalar& scalar) {
+  if (!scalar.data) return scalar.value;
+  switch (scalar.dtype) {
+    case kFloat64:
+      return *static_cast<const double*>(scalar.data);
+    case kFloat32:
+      return *static_cast<const float*>(scalar.data);
+    case kBFloat16:
+      return widen(*static_cast<const bf16*>(scalar.data));
+    default:
+      return widen(*static_cast<const f16*>(scalar.data));
   }
-};
+}
 
 // Tensors whose elements lie in the same order in every operand.
 template <int kOperands>
@@ -48,14 +41,6 @@ struct TensorBatch {
   static constexpr int kCapacity = int((kArgumentBytes - 512) / sizeof(BatchedTensor<kOperands>));
   int size;
   BatchedTensor<kOperands> tensors[kCapacity];
-};
-
-// What a list of tensors becomes: `data` holds the operands of the first, then of the second, ..
-struct TensorList {
-  DType dtype;
-  std::vector<void*> data;
-  std::vector<int64_t> counts;
-  std::vector<unsigned> numbers;
 };
 
 // The last tensor that does not begin behind this block.
