@@ -257,6 +257,7 @@ void run_tasks(const Plan& plan, Kernel kernel) {
 
 constexpr int64_t kDepthwiseGrain = 16 * 1024;         // elements a thread takes at the least
 constexpr int64_t kDepthwiseLinesBytes = 256 << 10;    // a task's lines of many channels: a part of the L2 cache
+constexpr int64_t kDepthwisePlaneBytes = 16 << 10;     // NCHW: of one channel, a part of the L1 cache
 constexpr int64_t kDepthwiseBlockRows = 8;             // a task's at the least, as its first rows are packed twice
 
 constexpr int64_t kDepthwiseGradPlanes = 16;           // NCHW: channels whose planes a task reads image by image
@@ -266,21 +267,22 @@ bool contiguous_along(int64_t Strides4::*dim, const ConvSource& s) {
   return s.stride.*dim == 1 && !s.pool_code && (!s.relu_output || s.relu_stride.*dim == 1);
 }
 
-// The lines of `rows` result rows, at a step `p.step_h`. reach: what their taps read past the first row and column.
-DepthwiseLines plan_lines(bool by_channel, const Planes& p, int64_t rows, int64_t cols, int64_t reach_h, int64_t reach_w,
-                          int64_t channels) {
+// The lines of a problem's source, of which a result reads `down` rows and `right` plane columns past its first.
+DepthwiseLines plan_lines(bool by_channel, const Planes& p, int64_t rows, int64_t cols, int64_t down, int64_t right,
+                          int64_t channels, int64_t element) {
   DepthwiseLines l{};
-  l.by_channel = by_channel, l.origin_h = p.origin_h, l.origin_w = p.origin_w;
-  if (by_channel) {
-    // An odd number of cache lines: pixels that lie a power of two apart would share cache sets.
-    l.pixel = (ceil_div(channels, 16) | 1) * 16;
-    l.pitch = cols + reach_w;
-  } else {
-    l.pixel = 1;
-    l.pitch = ceil_div(std::max(cols, kDepthwiseSlack) + reach_w, 16) * 16 + kDepthwiseSlack;
-  }
+  l.by_channel = by_channel, l.step_h = p.step_h, l.step_w = p.step_w;
+  l.origin_h = p.origin_h, l.origin_w = p.origin_w;
+  l.columns = l.pitch = cols + right;
+  // An odd number of cache lines: pixels that lie a power of two apart would share cache sets.
+  l.pixel = by_channel ? (ceil_div(channels, kDepthwiseVector) | 1) * kDepthwiseVector : 1;
+  if (!by_channel) l.pitch = ceil_div(std::max(l.pitch, kDepthwiseVector + right), kDepthwiseVector) * kDepthwiseVector + 2 * kDepthwiseVector;
   l.size = p.step_w * l.pitch * l.pixel;
-  l.count = (rows - 1) * p.step_h + reach_h + 1;
+  for (l.rows = 0; l.rows == 0 || (!by_channel && l.rows < rows && l.bytes(element) < kDepthwisePlaneBytes);) {
+    l.rows += kDepthwiseRows;
+    l.table_rows = ceil_div((l.rows - 1) * p.step_h + down + 1, p.step_h);
+    l.ring = l.table_rows * p.step_h;
+  }
   return l;
 }
 
@@ -327,7 +329,7 @@ bool run_depthwise(const std::vector<TapConv>& phases, int64_t up_h, int64_t up_
     right = std::max(right, p.planes.halo_w + planes.origin_w - p.planes.origin_w);
   }
   const auto lines = [&](int64_t channels) {
-    return plan_lines(!by_column, planes, kDepthwiseRows, d.cols, down, right, channels);
+    return plan_lines(!by_column, planes, d.rows, d.cols, down, right, channels, element);
   };
   d.block_channels = by_column ? 1 : channels_that_fit(lines(first.groups), first.groups, element);
   d.lines = lines(d.block_channels);
@@ -344,12 +346,13 @@ bool run_depthwise(const std::vector<TapConv>& phases, int64_t up_h, int64_t up_
   std::vector<TapConv> packed_phases = phases;
   char* to = packed.get();
   for (TapConv& p : packed_phases) {
-    kernels.pack_weight[dtype](p, weight.data_ptr(), weight_stride, to);
+    kernels.pack_weight[dtype](d.lines, p, weight.data_ptr(), weight_stride, to);
     p.weight = to;
     to += (p.num_taps + 1) * padded * element;
   }
   d.phases = packed_phases.data();
-  const int64_t bytes = d.lines.bytes(element) + up_w * kDepthwiseRows * 2 * 16 * element;
+  const int64_t vectors = up_w * kDepthwiseRows * 2 + taps + int64_t(phases.size());
+  const int64_t bytes = d.lines.bytes(element) + vectors * kDepthwiseVector * element;
   torch::stable::parallel_for(
       0, d.tasks(), std::max<int64_t>(1, kDepthwiseGrain / (up_h * up_w * d.block_rows * d.cols * d.block_channels)),
       [&](int64_t begin, int64_t end) {
@@ -368,13 +371,13 @@ bool plan_depthwise(TapGrad& p, int64_t element, DepthwiseGrad& d) {
     return false;
   const int64_t down = reach_h(p.planes, p.taps, p.num_taps);
   const auto lines = [&](int64_t channels) {
-    return plan_lines(!by_column, p.planes, kDepthwiseGradRows, p.cols, down, p.planes.halo_w, channels);
+    return plan_lines(!by_column, p.planes, p.rows, p.cols, down, p.planes.halo_w, channels, element);
   };
   d.block_channels = by_column ? std::min(p.groups, kDepthwiseGradPlanes)
                                : channels_that_fit(lines(p.groups), p.groups, element);
   d.lines = lines(d.block_channels);
   d.grad_lines = d.lines;
-  d.grad_lines.origin_h = d.grad_lines.origin_w = 0;
+  d.grad_lines.step_w = 1, d.grad_lines.origin_w = 0, d.grad_lines.columns = p.cols;
   d.grad_lines.size = d.lines.pitch * d.lines.pixel;
   d.channel_blocks = ceil_div(p.groups, d.block_channels);
   p.slices = std::min(by_column ? p.batch : p.batch * p.rows, ceil_div(kGradTasks, d.channel_blocks));
@@ -384,7 +387,7 @@ bool plan_depthwise(TapGrad& p, int64_t element, DepthwiseGrad& d) {
 void run_depthwise(const TapGrad& p, DepthwiseGrad& d, DType dtype) {
   const int64_t element = accumulator_size(dtype), vectors = d.lines.by_channel ? d.block_channels + 16 : d.block_channels * 16;
   const int64_t bytes =
-      d.lines.bytes(element) + (kDepthwiseGradRows * d.grad_lines.size + vectors * (p.num_taps + 1)) * element;
+      d.lines.bytes(element) + (kDepthwiseRows * d.grad_lines.size + vectors * (p.num_taps + 1)) * element;
   d.problem = &p;
   torch::stable::parallel_for(
       0, d.tasks(), std::max<int64_t>(1, kDepthwiseGrain * d.tasks() / (p.batch * p.groups * p.rows * p.cols)),
@@ -433,7 +436,7 @@ void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& wei
              bool relu, const PoolShape& pool, const Tensor& output, const Tensor* code) {
   const DType dtype = dtype_of(input, op, "input");
   const int64_t element = accumulator_size(dtype);
-  Scratch<char> wide_bias(s.out_channels * element);
+  Scratch<char> wide_bias((s.out_channels + kDepthwiseVector) * element);
   if (bias) {
     check_same_dtype(*bias, input, op, "bias");
     check_dim(*bias, 1, op, "bias");

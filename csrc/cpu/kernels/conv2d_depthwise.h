@@ -8,21 +8,31 @@
 namespace fastnn::cpu {
 
 constexpr int64_t kDepthwiseMaxTaps = 81;
-constexpr int64_t kDepthwiseRows = 4, kDepthwiseGradRows = 2;  // result rows computed together
-constexpr int64_t kDepthwiseSlack = 16;  // a line's elements past its last: the widest vector
+constexpr int64_t kDepthwiseRows = 4;    // result rows computed together
+constexpr int64_t kDepthwiseVector = 16;  // elements of the widest vector
 
 // How a source's rows wait for the kernels in scratch: as lines in the accumulator type, with zeros for the padding,
-// split by the column's phase. Element (phase, column, channel) is at (phase * pitch + column) * pixel + channel; a line
-// of columns holds one channel.
+// split by the column's phase. A line of columns holds one channel.
 struct DepthwiseLines {
-  bool by_channel;  // lanes are channels
+  bool by_channel;             // lanes are channels
+  int64_t step_h, step_w;      // as in Planes
   int64_t origin_h, origin_w;  // as in Planes; the largest of all result phases
-  int64_t pitch, pixel, size;
-  int64_t count;  // lines kept: what the rows computed together read
+  int64_t columns;             // of a phase
+  int64_t pitch, pixel, size;  // elements between phases (by_channel: pixels), between pixels, and of a line
+  int64_t rows;                // result rows whose source rows are there at once, a multiple of kDepthwiseRows
+  int64_t table_rows;          // the source rows they read, of each phase of rows
+  int64_t ring;                // lines kept
 
-  int64_t pointer_bytes() const { return (count * int64_t(sizeof(void*)) + 63) / 64 * 64; }
-  // The lines, one more of zeros, and a table of pointers to lines.
-  int64_t bytes(int64_t element) const { return pointer_bytes() + (count + 1) * size * element; }
+  // The first column of a phase that is inside the source.
+  int64_t first(int64_t phase) const { return phase < origin_w ? (origin_w - phase + step_w - 1) / step_w : 0; }
+  // The element of a line where a column is, or a pixel's first channel. The first inside is at a vector's boundary.
+  int64_t at(int64_t phase, int64_t column) const {
+    if (by_channel) return (phase * pitch + column) * pixel;
+    return phase * pitch + column + (kDepthwiseVector - first(phase) % kDepthwiseVector) % kDepthwiseVector;
+  }
+  int64_t table_bytes() const { return (step_h * table_rows * int64_t(sizeof(void*)) + 63) / 64 * 64; }
+  // The ring, a line of zeros, and a table of pointers to lines.
+  int64_t bytes(int64_t element) const { return table_bytes() + (ring + 1) * size * element; }
 };
 
 // A task: some rows of an image, and a run of channels.
@@ -46,8 +56,9 @@ struct DepthwiseGrad {
 };
 
 struct DepthwiseKernels {
-  // Packs the weight as [tap][channel], channels padded to whole vectors. stride: of the channel.
-  void (*pack_weight[kNumDTypes])(const TapConv&, const void* weight, int64_t stride, void* packed);
+  // Packs the weight as [tap + 1][channel], channels padded to whole vectors. stride: of the channel.
+  void (*pack_weight[kNumDTypes])(const DepthwiseLines&, const TapConv&, const void* weight, int64_t stride,
+                                  void* packed);
   void (*run[kNumDTypes])(const DepthwiseConv&, void* scratch, int64_t begin, int64_t end);
   void (*run_grad[kNumDTypes])(const DepthwiseGrad&, void* scratch, int64_t begin, int64_t end);
 };

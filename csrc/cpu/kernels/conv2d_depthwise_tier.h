@@ -17,7 +17,7 @@
 // Padding is multiplied as zeros, which must not make a NaN of an infinite weight or gradient: channels with such are
 // computed again, element by element (`run_carefully`, `sum_carefully`).
 
-constexpr int kRows = kDepthwiseRows, kGradRows = kDepthwiseGradRows;
+constexpr int kRows = kDepthwiseRows;
 constexpr int kSpan = 2;
 constexpr int kColumn = 3;        // taps of a column taken together
 constexpr int64_t kColumns = 16;  // pixels whose products are summed before the next channels' are
@@ -49,31 +49,41 @@ Accumulator<T> read_element(const ConvSource& s, int64_t n, int64_t c, int64_t y
   return to_accumulator(static_cast<const T*>(s.data)[n * d.n + c * d.c + y * d.h + x * d.w]);
 }
 
-// Every step-th of a row's elements, `count` of them. May write a vector past `count`, of zeros.
+// What neighbours in memory, and one row after the other: `rows` rows of a source.
+template <class T>
+struct Rows {
+  const T *data, *relu;
+  int64_t stride, relu_stride, rows;
+};
+
+// Of each row, every step-th element, `count` of them, to lines `size` apart. May write a vector past `count`, of zeros.
 template <class T, bool masked>
-FASTNN_INLINE void pack_columns(const T* src, const T* relu, int64_t step, int64_t count, Accumulator<T>* dst) {
+void pack_columns(Rows<T> r, int64_t step, int64_t count, Accumulator<T>* dst, int64_t size) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
-  if (step <= 2 && count >= L) {
-    // Of two vectors; the second starts one early, so as not to reach past the last element wanted.
-    Mask<A> every_other;
-    for (int k = 0; k < L; ++k) every_other[k] = 2 * k + (k < L / 2 ? 0 : 1);
-    for (int64_t i = 0; i < count; i += L) {
-      if (i > count - L) i = count - L;
-      const T *from = src + i * step, *mask = masked ? relu + i * step : nullptr;
-      const Vec<A> low = load_source<T, masked>(from, mask);
-      if (step == 1) {
-        store(dst + i, low);
-      } else {
-        const Vec<A> high = load_source<T, masked>(from + L - 1, masked ? mask + L - 1 : nullptr);
-        store(dst + i, __builtin_shuffle(low, high, every_other));
+  // Of two vectors; the second starts one early, so as not to reach past the last element wanted.
+  Mask<A> every_other;
+  for (int k = 0; k < L; ++k) every_other[k] = 2 * k + (k < L / 2 ? 0 : 1);
+  for (; r.rows > 0; --r.rows, r.data += r.stride, r.relu += masked ? r.relu_stride : 0, dst += size) {
+    if (step == 1 && count >= L) {
+      int64_t i = 0;
+      for (; i + L <= count; i += L) store(dst + i, load_source<T, masked>(r.data + i, r.relu + (masked ? i : 0)));
+      i = count - L;
+      store(dst + i, load_source<T, masked>(r.data + i, r.relu + (masked ? i : 0)));
+    } else if (step == 1) {
+      store(dst, load_source<T, masked>(r.data, r.relu, int(count)));
+    } else if (step == 2 && count >= L) {
+      for (int64_t i = 0; i < count; i += L) {
+        if (i > count - L) i = count - L;
+        const T *from = r.data + 2 * i, *mask = r.relu + (masked ? 2 * i : 0);
+        store(dst + i, __builtin_shuffle(load_source<T, masked>(from, mask),
+                                         load_source<T, masked>(from + L - 1, mask + (masked ? L - 1 : 0)),
+                                         every_other));
       }
+    } else {
+      for (int64_t i = 0; i < count; ++i)
+        dst[i] = masked && to_accumulator(r.relu[i * step]) <= 0 ? A(0) : to_accumulator(r.data[i * step]);
     }
-  } else if (step == 1) {
-    store(dst, load_source<T, masked>(src, relu, int(count)));
-  } else {
-    for (int64_t i = 0; i < count; ++i)
-      dst[i] = masked && to_accumulator(relu[i * step]) <= 0 ? A(0) : to_accumulator(src[i * step]);
   }
 }
 
@@ -86,89 +96,118 @@ FASTNN_INLINE void pack_pixel(const T* src, const T* relu, int64_t channels, Acc
   if (c < channels) store(dst + c, load_source<T, masked>(src + c, masked ? relu + c : nullptr, int(channels - c)));
 }
 
-// Row y of `channels` channels from c on; what is padding in `line` stays as it is.
-template <class T, bool by_channel, bool masked>
-void pack_line_as(const ConvSource& s, int64_t step, const DepthwiseLines& l, int64_t n, int64_t c, int64_t channels,
-               int64_t y, Accumulator<T>* line) {
-  const T* src = static_cast<const T*>(s.data) + n * s.stride.n + c * s.stride.c + y * s.stride.h;
-  const T* relu = static_cast<const T*>(s.relu_output);
-  if (masked) relu += n * s.relu_stride.n + c * s.relu_stride.c + y * s.relu_stride.h;
-  if constexpr (by_channel) {
-    // In the order of memory: pixel after pixel.
-    const int64_t first = most(0, -l.origin_w), last = least(s.width, l.pitch * step - l.origin_w);
-    int64_t phase = (first + l.origin_w) % step, column = (first + l.origin_w) / step;
-    for (int64_t x = first; x < last; ++x) {
-      pack_pixel<T, masked>(src + x * s.stride.w, masked ? relu + x * s.relu_stride.w : nullptr, channels,
-                            line + (phase * l.pitch + column) * l.pixel);
-      if (++phase == step) phase = 0, ++column;
+// What of a source row lies on a line, by phase of columns.
+struct Columns {
+  int64_t x, count, at;  // the first source column, how many, and where the first goes
+};
+
+struct Lines {
+  const DepthwiseLines& layout;
+  Columns phases[kMaxPhases];
+
+  Lines(const DepthwiseLines& l, int64_t width) : layout(l) {
+    for (int64_t phase = 0; phase < l.step_w; ++phase) {
+      const int64_t first = l.first(phase), x = first * l.step_w + phase - l.origin_w;
+      phases[phase] = {x, most(0, least(l.columns - first, ceil_div(width - x, l.step_w))), l.at(phase, first)};
     }
-  } else {
-    for (int64_t phase = 0; phase < step; ++phase) {
-      const int64_t shift = phase - l.origin_w, first = shift < 0 ? ceil_div(-shift, step) : 0;
-      const int64_t last = least(l.pitch - kDepthwiseSlack, shift < s.width ? ceil_div(s.width - shift, step) : 0);
-      const int64_t x = first * step + shift;
-      if (first < last)
-        pack_columns<T, masked>(src + x, masked ? relu + x : nullptr, step, last - first,
-                                line + phase * l.pitch + first);
-    }
-  }
-}
-
-template <class T, bool by_channel>
-void pack_line(const ConvSource& s, int64_t step, const DepthwiseLines& l, int64_t n, int64_t c, int64_t channels,
-               int64_t y, Accumulator<T>* line) {
-  if (s.relu_output)
-    pack_line_as<T, by_channel, true>(s, step, l, n, c, channels, y, line);
-  else
-    pack_line_as<T, by_channel, false>(s, step, l, n, c, channels, y, line);
-}
-
-// The source rows that some result rows read, as lines[0..lines.count).
-template <class A>
-struct Window {
-  const DepthwiseLines& l;
-  const A** lines;
-  A *zeros, *ring;
-  int64_t next;  // rows before it are packed
-
-  Window(const DepthwiseLines& layout, void* scratch) : l(layout), next(0) {
-    lines = static_cast<const A**>(scratch);
-    zeros = reinterpret_cast<A*>(static_cast<char*>(scratch) + layout.pointer_bytes());
-    ring = zeros + layout.size;
-    for (int64_t i = 0; i < layout.size * (layout.count + 1); ++i) zeros[i] = 0;
   }
 };
 
-template <class T, bool by_channel>
-void pack_rows(Window<Accumulator<T>>& w, const ConvSource& s, int64_t step, int64_t n, int64_t c, int64_t channels,
-               int64_t first) {
-  for (int64_t i = 0; i < w.l.count; ++i) {
-    const int64_t y = first + i;
-    const bool inside = y >= 0 && y < s.height;
-    Accumulator<T>* line = inside ? w.ring + y % w.l.count * w.l.size : w.zeros;
-    w.lines[i] = line;
-    if (!inside || y < w.next) continue;
-    pack_line<T, by_channel>(s, step, w.l, n, c, channels, y, line);
-    w.next = y + 1;
+// Rows from y on of `channels` channels from c on, to lines one after the other, whose padding stays as it is.
+template <class T, bool by_channel, bool masked>
+void pack_lines_as(const ConvSource& s, const Lines& lines, int64_t n, int64_t c, int64_t channels, int64_t y,
+                   int64_t rows, Accumulator<T>* to) {
+  const DepthwiseLines& l = lines.layout;
+  Rows<T> r{static_cast<const T*>(s.data) + n * s.stride.n + c * s.stride.c + y * s.stride.h, nullptr, s.stride.h,
+            s.relu_stride.h, rows};
+  if (masked)
+    r.relu = static_cast<const T*>(s.relu_output) + n * s.relu_stride.n + c * s.relu_stride.c + y * s.relu_stride.h;
+  if constexpr (by_channel) {
+    // In the order of memory: pixel after pixel.
+    const int64_t begin = most(0, -l.origin_w), end = least(s.width, l.columns * l.step_w - l.origin_w);
+    for (int64_t i = 0; i < rows; ++i) {
+      int64_t phase = (begin + l.origin_w) % l.step_w, column = (begin + l.origin_w) / l.step_w;
+      for (int64_t x = begin; x < end; ++x) {
+        pack_pixel<T, masked>(r.data + i * r.stride + x * s.stride.w,
+                              masked ? r.relu + i * r.relu_stride + x * s.relu_stride.w : nullptr, channels,
+                              to + i * l.size + (phase * l.pitch + column) * l.pixel);
+        if (++phase == l.step_w) phase = 0, ++column;
+      }
+    }
+  } else {
+    for (int64_t phase = 0; phase < l.step_w; ++phase) {
+      const Columns& run = lines.phases[phase];
+      Rows<T> from = r;
+      from.data += run.x, from.relu += masked ? run.x : 0;
+      if (run.count > 0) pack_columns<T, masked>(from, l.step_w, run.count, to + run.at, l.size);
+    }
   }
+}
+
+template <class T, bool by_channel>
+void pack_lines(const ConvSource& s, const Lines& lines, int64_t n, int64_t c, int64_t channels, int64_t y,
+                int64_t rows, Accumulator<T>* to) {
+  if (s.relu_output)
+    pack_lines_as<T, by_channel, true>(s, lines, n, c, channels, y, rows, to);
+  else
+    pack_lines_as<T, by_channel, false>(s, lines, n, c, channels, y, rows, to);
+}
+
+// A ring of lines, and the table of those that some result rows read: table[phase * table_rows + i] is source row
+// i * step_h + phase, counted from the first that the topmost result reads. Result row r reads from table + r on.
+template <class A>
+struct Window {
+  Lines lines;
+  int64_t next = 0;  // rows before it are packed
+  const A** table;
+  A *zeros, *ring;
+
+  Window(const DepthwiseLines& l, const ConvSource& s, void* scratch) : lines(l, s.width) {
+    table = static_cast<const A**>(scratch);
+    zeros = reinterpret_cast<A*>(static_cast<char*>(scratch) + l.table_bytes());
+    ring = zeros + l.size;
+    for (int64_t i = 0; i < l.size * (l.ring + 1); ++i) zeros[i] = 0;
+  }
+};
+
+// Turns the window to the result rows from y on.
+template <class T, bool by_channel>
+void turn_to(Window<Accumulator<T>>& w, const ConvSource& s, int64_t n, int64_t c, int64_t channels, int64_t y) {
+  const DepthwiseLines& l = w.lines.layout;
+  const int64_t first = y * l.step_h - l.origin_h, end = least(s.height, first + l.ring);
+  // A row's place in the ring is its number modulo the ring's length.
+  for (int64_t row = most(w.next, most(first, 0)), rows; row < end; row += rows) {
+    rows = least(end - row, l.ring - row % l.ring);
+    pack_lines<T, by_channel>(s, w.lines, n, c, channels, row, rows, w.ring + row % l.ring * l.size);
+  }
+  w.next = end;
+  int64_t slot = first - first / l.ring * l.ring, row = first;
+  if (slot < 0) slot += l.ring;
+  for (int64_t i = 0; i < l.table_rows; ++i)
+    for (int64_t phase = 0; phase < l.step_h; ++phase, ++row) {
+      w.table[phase * l.table_rows + i] = row >= 0 && row < s.height ? w.ring + slot * l.size : w.zeros;
+      if (++slot == l.ring) slot = 0;
+    }
 }
 
 // ---- taps ----
 
-// Taps of one column whose rows are a result row's step apart: they read lines `row`, `row` + step, ... at `offset`.
+// Taps of one column whose rows are the stride apart: they read lines table[row], table[row + 1], ... at `offset`.
 struct TapColumn {
   int64_t row, offset;
   int rows;
   int64_t taps[kColumn];
 };
 
-// The taps as columns, in the order of their first row and then of their offset; returns how many.
+// The taps as columns, in the order of their first row and then of their offset; returns how many. The kernels take
+// taps in this order.
 int64_t tap_columns(const DepthwiseLines& l, const Planes& p, const Tap* taps, int64_t count, TapColumn* columns) {
   int64_t rows[kDepthwiseMaxTaps], offsets[kDepthwiseMaxTaps], n = 0;
   bool taken[kDepthwiseMaxTaps] = {};
   for (int64_t t = 0; t < count; ++t) {
-    rows[t] = taps[t].row * p.step_h + p.phase_h[taps[t].phase] + l.origin_h - p.origin_h;
-    offsets[t] = (p.phase_w[taps[t].phase] * l.pitch + taps[t].col + l.origin_w - p.origin_w) * l.pixel;
+    const int64_t row = taps[t].row * p.step_h + p.phase_h[taps[t].phase] + l.origin_h - p.origin_h;
+    rows[t] = row % p.step_h * l.table_rows + row / p.step_h;
+    offsets[t] = l.at(p.phase_w[taps[t].phase], taps[t].col + l.origin_w - p.origin_w);
   }
   for (;; ++n) {
     int64_t first = -1;
@@ -178,14 +217,12 @@ int64_t tap_columns(const DepthwiseLines& l, const Planes& p, const Tap* taps, i
         first = t;
     if (first < 0) return n;
     TapColumn& column = columns[n];
-    column = {rows[first], offsets[first], 1, {first}};
-    taken[first] = true;
-    for (int64_t t = 0; t < count; ++t)
-      if (!taken[t] && column.rows < kColumn && offsets[t] == column.offset &&
-          rows[t] == column.row + column.rows * p.step_h) {
-        column.taps[column.rows++] = t, taken[t] = true;
-        t = -1;  // taps may come in any order
-      }
+    column = {rows[first], offsets[first], 0, {}};
+    for (int64_t t = first; t >= 0 && column.rows < kColumn;) {
+      column.taps[column.rows++] = t, taken[t] = true;
+      for (t = count - 1; t >= 0; --t)
+        if (!taken[t] && offsets[t] == column.offset && rows[t] == column.row + column.rows) break;
+    }
   }
 }
 
@@ -193,43 +230,41 @@ FASTNN_INLINE int64_t padded_channels(int64_t channels) { return ceil_div(channe
 
 // packed[tap][channel], and then, [channel], 0 where all of a channel's weights are finite and NaN where not.
 template <class T>
-void pack_weight(const TapConv& p, const void* weight_, int64_t stride, void* packed_) {
+void pack_weight(const DepthwiseLines& l, const TapConv& p, const void* weight_, int64_t stride, void* packed_) {
   using A = Accumulator<T>;
-  const T* weight = static_cast<const T*>(weight_);
-  A* packed = static_cast<A*>(packed_);
+  TapColumn columns[kDepthwiseMaxTaps];
+  const int64_t num_columns = tap_columns(l, p.planes, p.taps, p.num_taps, columns);
   const int64_t padded = padded_channels(p.groups);
-  A* finite = packed + p.num_taps * padded;
+  A *packed = static_cast<A*>(packed_), *finite = packed + p.num_taps * padded;
   for (int64_t c = 0; c < padded; ++c) finite[c] = 0;
-  for (int64_t t = 0; t < p.num_taps; ++t)
-    for (int64_t c = 0; c < padded; ++c) {
-      const A value = c < p.groups ? to_accumulator(weight[c * stride + p.taps[t].weight]) : A(0);
-      packed[t * padded + c] = value, finite[c] += value * A(0);
+  for (const TapColumn* column = columns; column < columns + num_columns; ++column)
+    for (int k = 0; k < column->rows; ++k, packed += padded) {
+      const T* weight = static_cast<const T*>(weight_) + p.taps[column->taps[k]].weight;
+      for (int64_t c = 0; c < padded; ++c) {
+        packed[c] = c < p.groups ? to_accumulator(weight[c * stride]) : A(0);
+        finite[c] += packed[c] * A(0);
+      }
     }
 }
 
 // ---- forward and gradient of the input ----
 
 // sum[r][i] += the products of one column's taps, for result row r and vector i.
-template <class A, bool by_channel, int rows, int NX>
-FASTNN_INLINE void add_column(const TapColumn& column, const A* const* lines, int64_t step_h, int64_t at,
-                              int64_t step, const A* weight, int64_t padded, Vec<A> (&sum)[kRows][NX]) {
+template <class A, int rows, int NX>
+FASTNN_INLINE void add_column(const A* const* lines, int64_t at, int64_t step, const A* weight, int64_t weight_step,
+                              Vec<A> (&sum)[kRows][NX]) {
   Vec<A> w[rows];
 #pragma GCC unroll 3
-  for (int k = 0; k < rows; ++k) {
-    const A* tap = weight + column.taps[k] * padded;
-    w[k] = by_channel ? load(tap) : splat(*tap);
-  }
+  for (int k = 0; k < rows; ++k) w[k] = load(weight + k * weight_step);
 #pragma GCC unroll 8
-  for (int line = 0; line < kRows + rows - 1; ++line) {
-    const A* from = lines[column.row + line * step_h] + column.offset + at;
+  for (int line = 0; line < kRows + rows - 1; ++line)
 #pragma GCC unroll 2
     for (int i = 0; i < NX; ++i) {
-      const Vec<A> value = load(from + i * step);
+      const Vec<A> value = load(lines[line] + at + i * step);
 #pragma GCC unroll 3
       for (int k = 0; k < rows; ++k)
         if (line - k >= 0 && line - k < kRows) sum[line - k][i] += w[k] * value;
     }
-  }
 }
 
 template <class T>
@@ -240,17 +275,73 @@ FASTNN_INLINE void store_lanes(T* p, Vec<Accumulator<T>> value, int64_t lanes) {
     store_n(p, value, int(lanes));
 }
 
-// What is the same for all tiles of some result rows (of one row phase).
+// Results of up to kRows rows, and all that does not change along them: one of the result's column phases.
 template <class T>
 struct ResultRows {
-  const TapConv* phases;  // of columns
-  int64_t up_w, cols, width;
-  const TapColumn* columns;
-  const int64_t* ends;  // phase b has columns [ends[b], ends[b + 1])
-  const Accumulator<T>* const* lines;
-  Accumulator<T>* block;  // results of one tile, all phases
-  int64_t pixel, n, y, rows;
+  using A = Accumulator<T>;
+  T* result;
+  int64_t row_stride, column_stride, rows, cols;
+  const A* const* lines;
+  const TapColumn *columns, *columns_end;
+  const A *weight, *bias;  // a vector each: of channels, or one value in all lanes
+  int64_t weight_step, pixel;
+  bool relu;
 };
+
+// kRows rows x NX vectors from column x on; by_channel: of `lanes` channels from c on. Into the result, or where it is
+// not null, into `block`, a vector after the other.
+template <class T, bool by_channel, int NX>
+FASTNN_INLINE void tile(const ResultRows<T>& r, int64_t x, int64_t c, int64_t lanes, Accumulator<T>* block) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t step = by_channel ? r.pixel : L, at = by_channel ? x * r.pixel + c : x;
+  Vec<A> sum[kRows][NX];
+  const Vec<A> start = r.bias ? load(r.bias + c) : Vec<A>{};
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+    for (int i = 0; i < NX; ++i) sum[row][i] = start;
+  const A* weight = r.weight + c;
+  for (const TapColumn* column = r.columns; column < r.columns_end; ++column) {
+    const A* const* lines = r.lines + column->row;
+    const int64_t from = at + column->offset;
+    if (column->rows == 3)
+      add_column<A, 3>(lines, from, step, weight, r.weight_step, sum);
+    else if (column->rows == 2)
+      add_column<A, 2>(lines, from, step, weight, r.weight_step, sum);
+    else
+      add_column<A, 1>(lines, from, step, weight, r.weight_step, sum);
+    weight += column->rows * r.weight_step;
+  }
+  if (r.relu)
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+      for (int i = 0; i < NX; ++i) sum[row][i] = sum[row][i] < Vec<A>{} ? Vec<A>{} : sum[row][i];
+  // Vector i of a row is a pixel, or L columns.
+  constexpr int kWide = by_channel ? 1 : L;
+  T* to = r.result + (by_channel ? x * r.column_stride + c : x);
+  const int64_t vector_stride = by_channel ? r.column_stride : L;
+  if (!by_channel && block) {
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+      for (int i = 0; i < NX; ++i) store(block + (row * NX + i) * L, sum[row][i]);
+  } else if (r.rows >= kRows && x + NX * kWide <= r.cols && lanes >= L) {
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+      for (int i = 0; i < NX; ++i) store(to + row * r.row_stride + i * vector_stride, sum[row][i]);
+  } else {
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+      for (int i = 0; i < NX; ++i)
+        if (row < r.rows)
+          store_lanes(to + row * r.row_stride + i * vector_stride, sum[row][i],
+                      by_channel ? (x + i < r.cols ? lanes : 0) : r.cols - x - i * L);
+  }
+}
 
 // `count` results of a row, from the tile's results of each column phase, `pitch` apart.
 template <class T>
@@ -270,81 +361,46 @@ FASTNN_INLINE void interleave(const Accumulator<T>* from, int64_t pitch, int64_t
   for (int64_t i = 0; i < count; ++i) to[i] = from_accumulator<T>(from[i % phases * pitch + i / phases]);
 }
 
-// kRows rows x NX vectors from column x on, of all column phases and `channels` channels from c0 on.
+// A tile's columns of all column phases; by_channel: of `channels` channels.
 template <class T, bool by_channel, int NX>
-FASTNN_INLINE void tile(const ResultRows<T>& r, int64_t c0, int64_t channels, int64_t x) {
-  using A = Accumulator<T>;
-  constexpr int L = kLanes<A>;
-  const int64_t padded = padded_channels(r.phases->groups), step_h = r.phases->planes.step_h;
-  const int64_t step = by_channel ? r.pixel : L;
-  for (int64_t b = 0; b < r.up_w; ++b) {
-    const TapConv& p = r.phases[b];
-    const Strides4& stride = p.result.stride;
-    T* result = static_cast<T*>(p.result.data) + r.n * stride.n + c0 * stride.c + r.y * stride.h + x * stride.w;
-    for (int64_t c = 0; c < channels; c += by_channel ? L : 1) {
-      const A* weight = static_cast<const A*>(p.weight) + c0 + c;
-      const int lanes = by_channel ? int(least(L, channels - c)) : L;
-      Vec<A> start{};
-      if (p.bias) {
-        const A* bias = static_cast<const A*>(p.bias) + c0 + c;
-        start = by_channel ? load_lanes(bias, lanes) : splat(*bias);
-      }
-      Vec<A> sum[kRows][NX];
-#pragma GCC unroll 4
-      for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 2
-        for (int i = 0; i < NX; ++i) sum[row][i] = start;
-      const int64_t at = by_channel ? x * r.pixel + c : x;
-      for (const TapColumn* column = r.columns + r.ends[b]; column < r.columns + r.ends[b + 1]; ++column) {
-        if (column->rows == 3)
-          add_column<A, by_channel, 3>(*column, r.lines, step_h, at, step, weight, padded, sum);
-        else if (column->rows == 2)
-          add_column<A, by_channel, 2>(*column, r.lines, step_h, at, step, weight, padded, sum);
-        else
-          add_column<A, by_channel, 1>(*column, r.lines, step_h, at, step, weight, padded, sum);
-      }
-#pragma GCC unroll 4
-      for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 2
-        for (int i = 0; i < NX; ++i) {
-          const Vec<A> value = p.relu ? (sum[row][i] < Vec<A>{} ? Vec<A>{} : sum[row][i]) : sum[row][i];
-          if (by_channel) {
-            if (row < r.rows && x + i < p.cols) store_lanes(result + row * stride.h + i * stride.w + c, value, lanes);
-          } else if (r.up_w == 1) {
-            if (row < r.rows) store_lanes(result + row * stride.h + i * L, value, p.cols - x - i * L);
-          } else {
-            store(r.block + ((b * kRows + row) * NX + i) * L, value);
-          }
-        }
-    }
+FASTNN_INLINE void tiles(const ResultRows<T>* phases, int64_t up_w, int64_t width, int64_t x, int64_t channels,
+                         Accumulator<T>* block) {
+  constexpr int L = kLanes<Accumulator<T>>;
+  if (by_channel) {
+    for (int64_t b = 0; b < up_w; ++b)
+      for (int64_t c = 0; c < channels; c += L) tile<T, true, NX>(phases[b], x, c, channels - c, nullptr);
+  } else if (up_w == 1) {
+    tile<T, false, NX>(*phases, x, 0, L, nullptr);
+  } else {
+    constexpr int64_t kPhase = kRows * NX * L;
+    for (int64_t b = 0; b < up_w; ++b) tile<T, false, NX>(phases[b], x, 0, L, block + b * kPhase);
+    for (int64_t row = 0; row < phases->rows; ++row)
+      interleave(block + row * NX * L, kPhase, up_w, least(NX * L * up_w, width - x * up_w),
+                 phases->result + row * phases->row_stride + x * up_w);
   }
-  if (by_channel || r.up_w == 1) return;
-  const Strides4& stride = r.phases->result.stride;
-  T* result = static_cast<T*>(r.phases->result.data) + r.n * stride.n + c0 * stride.c + r.y * stride.h;
-  for (int64_t row = 0; row < r.rows; ++row)
-    interleave(r.block + row * NX * L, kRows * NX * L, r.up_w, least(NX * L * r.up_w, r.width - x * r.up_w),
-               result + row * stride.h + x * r.up_w);
 }
 
 // Result rows [begin, end) of each row phase, channel c: padding is left out of the sums.
 template <class T>
-void run_carefully(const DepthwiseConv& d, int64_t n, int64_t c, int64_t begin, int64_t end) {
+void run_carefully(const DepthwiseConv& d, int64_t n, int64_t c, int64_t begin, int64_t end,
+                   const TapColumn* columns, const int64_t* ends) {
   using A = Accumulator<T>;
   for (int64_t phase = 0; phase < d.up_h * d.up_w; ++phase) {
     const TapConv& p = d.phases[phase];
     const Planes& planes = p.planes;
-    const A* weight = static_cast<const A*>(p.weight) + c;
     T* result = static_cast<T*>(p.result.data) + n * p.result.stride.n + c * p.result.stride.c;
     for (int64_t y = begin; y < least(end, p.rows); ++y)
       for (int64_t x = 0; x < p.cols; ++x) {
         A sum = p.bias ? static_cast<const A*>(p.bias)[c] : A(0);
-        for (int64_t t = 0; t < p.num_taps; ++t) {
-          const Tap& tap = p.taps[t];
-          const int64_t row = (y + tap.row) * planes.step_h + planes.phase_h[tap.phase] - planes.origin_h;
-          const int64_t column = (x + tap.col) * planes.step_w + planes.phase_w[tap.phase] - planes.origin_w;
-          if (row >= 0 && row < p.source.height && column >= 0 && column < p.source.width)
-            sum += weight[t * padded_channels(p.groups)] * read_element<T>(p.source, n, c, row, column);
-        }
+        const A* weight = static_cast<const A*>(p.weight) + c;
+        for (const TapColumn* column = columns + ends[phase]; column < columns + ends[phase + 1]; ++column)
+          for (int k = 0; k < column->rows; ++k, weight += padded_channels(p.groups)) {
+            const Tap& tap = p.taps[column->taps[k]];
+            const int64_t row = (y + tap.row) * planes.step_h + planes.phase_h[tap.phase] - planes.origin_h;
+            const int64_t col = (x + tap.col) * planes.step_w + planes.phase_w[tap.phase] - planes.origin_w;
+            if (row >= 0 && row < p.source.height && col >= 0 && col < p.source.width)
+              sum += *weight * read_element<T>(p.source, n, c, row, col);
+          }
         result[y * p.result.stride.h + x * p.result.stride.w] = from_accumulator<T>(p.relu && sum < 0 ? A(0) : sum);
       }
   }
@@ -363,46 +419,69 @@ bool finite_weights(const DepthwiseConv& d, int64_t c) {
 template <class T, bool by_channel>
 void run_layout(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  constexpr int64_t kTile = by_channel ? 1 : kLanes<A>;  // result columns of a vector
+  constexpr int64_t kWide = by_channel ? 1 : kLanes<A>;  // result columns of a vector
   const TapConv& first = *d.phases;
-  Window<A> window(d.lines, scratch);
-  A* block = window.ring + d.lines.count * d.lines.size;
+  const int64_t num_phases = d.up_h * d.up_w;
+  Window<A> window(d.lines, first.source, scratch);
+  A* block = window.ring + d.lines.ring * d.lines.size;
+  A* splats = block + d.up_w * kRows * kSpan * kLanes<A>;  // [phase][tap, bias]
   TapColumn columns[kDepthwiseMaxTaps];
   int64_t ends[kMaxPhases + 1] = {};
-  for (int64_t i = 0; i < d.up_h * d.up_w; ++i)
-    ends[i + 1] = ends[i] + tap_columns(d.lines, d.phases[i].planes, d.phases[i].taps, d.phases[i].num_taps,
-                                        columns + ends[i]);
+  ResultRows<T> rows[kMaxPhases];
+  for (int64_t i = 0; i < num_phases; ++i) {
+    const TapConv& p = d.phases[i];
+    ends[i + 1] = ends[i] + tap_columns(d.lines, p.planes, p.taps, p.num_taps, columns + ends[i]);
+    ResultRows<T>& r = rows[i];
+    r.row_stride = p.result.stride.h, r.column_stride = p.result.stride.w, r.cols = p.cols;
+    r.columns = columns + ends[i], r.columns_end = columns + ends[i + 1];
+    r.pixel = d.lines.pixel, r.relu = p.relu;
+  }
   for (int64_t task = begin; task < end; ++task) {
     const int64_t channel_block = task % d.channel_blocks, rest = task / d.channel_blocks;
     const int64_t n = rest / d.row_blocks, y_begin = rest % d.row_blocks * d.block_rows;
     const int64_t y_end = least(d.rows, y_begin + d.block_rows);
-    const int64_t c_begin = channel_block * d.block_channels, c_end = least(first.groups, c_begin + d.block_channels);
-    const int64_t together = by_channel ? c_end - c_begin : 1;
-    for (int64_t c = c_begin; c < c_end; c += together) {
-      window.next = 0;
-      for (int64_t y = y_begin; y < y_end; y += kRows) {
-        pack_rows<T, by_channel>(window, first.source, first.planes.step_w, n, c, together,
-                                 y * first.planes.step_h - d.lines.origin_h);
-        for (int64_t a = 0; a < d.up_h; ++a) {
-          const TapConv* phases = d.phases + a * d.up_w;
-          ResultRows<T> r{phases, d.up_w, d.cols, 0, columns, ends + a * d.up_w, window.lines,
-                          block,  d.lines.pixel, n, y, least(kRows, phases->rows - y)};
-          for (int64_t b = 0; b < d.up_w; ++b) r.width += phases[b].cols;
-          for (int64_t x = 0; x < d.cols;) {
-            // The last tile may overlap the one before it: no partial vectors, unless the whole row is one.
-            const int span = d.cols - x >= kSpan * kTile ? kSpan : 1;
-            if (x + span * kTile > d.cols) x = most(0, d.cols - span * kTile);
-            if (span == kSpan)
-              tile<T, by_channel, kSpan>(r, c, together, x);
-            else
-              tile<T, by_channel, 1>(r, c, together, x);
-            x += span * kTile;
-          }
+    const int64_t c = channel_block * d.block_channels, channels = least(d.block_channels, first.groups - c);
+    A* splat_to = splats;
+    for (int64_t i = 0; i < num_phases; ++i) {
+      const TapConv& p = d.phases[i];
+      const int64_t padded = padded_channels(p.groups);
+      const A *weight = static_cast<const A*>(p.weight) + c, *bias = p.bias ? static_cast<const A*>(p.bias) + c : nullptr;
+      rows[i].weight = weight, rows[i].weight_step = padded, rows[i].bias = bias;
+      if (by_channel) continue;
+      rows[i].weight = splat_to, rows[i].weight_step = kLanes<A>;
+      for (int64_t t = 0; t < p.num_taps; ++t, splat_to += kLanes<A>) store(splat_to, splat(weight[t * padded]));
+      if (!bias) continue;
+      rows[i].bias = splat_to;
+      store(splat_to, splat(*bias));
+      splat_to += kLanes<A>;
+    }
+    window.next = 0;
+    for (int64_t y = y_begin; y < y_end; y += kRows) {
+      const int64_t inside = (y - y_begin) % d.lines.rows;
+      if (inside == 0) turn_to<T, by_channel>(window, first.source, n, c, channels, y);
+      for (int64_t a = 0; a < d.up_h; ++a) {
+        ResultRows<T>* phases = rows + a * d.up_w;
+        int64_t width = 0;
+        for (int64_t b = 0; b < d.up_w; ++b) {
+          const TapConv& p = d.phases[a * d.up_w + b];
+          const Strides4& stride = p.result.stride;
+          phases[b].result = static_cast<T*>(p.result.data) + n * stride.n + c * stride.c + y * stride.h;
+          phases[b].lines = window.table + inside, phases[b].rows = least(kRows, p.rows - y), width += p.cols;
+        }
+        for (int64_t x = 0; x < d.cols;) {
+          // The last tile may overlap the one before it: no partial vectors, unless the whole row is one.
+          const int span = d.cols - x >= kSpan * kWide ? kSpan : 1;
+          if (x + span * kWide > d.cols) x = most(0, d.cols - span * kWide);
+          if (span == kSpan)
+            tiles<T, by_channel, kSpan>(phases, d.up_w, width, x, channels, block);
+          else
+            tiles<T, by_channel, 1>(phases, d.up_w, width, x, channels, block);
+          x += span * kWide;
         }
       }
-      for (int64_t k = c; k < c + together; ++k)
-        if (!finite_weights<T>(d, k)) run_carefully<T>(d, n, k, y_begin, y_end);
     }
+    for (int64_t k = c; k < c + channels; ++k)
+      if (!finite_weights<T>(d, k)) run_carefully<T>(d, n, k, y_begin, y_end, columns, ends);
   }
 }
 
@@ -416,32 +495,30 @@ void run_depthwise(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t
 
 // ---- gradient of the weight ----
 
-// sums[tap] += over `count` vectors, `step` apart from `at` on, and kGradRows rows: gradient * source, for a block of
+// sums[tap] += over `count` vectors, `step` apart from `at` on, and kRows rows: gradient * source, for a block of
 // rows x cols taps.
 template <class A, int rows, int cols>
-FASTNN_INLINE void add_products(const TapColumn* columns, const A* const* lines, int64_t step_h,
-                                const A* const* grads, int64_t at, int64_t step, int64_t count, Vec<A>* sums) {
+FASTNN_INLINE void add_products(const TapColumn* columns, const A* const* lines, const A* const* grads, int64_t at,
+                                int64_t step, int64_t count, Vec<A>* sums) {
   Vec<A> sum[rows][cols];
-  const A* from[kGradRows + rows - 1];
 #pragma GCC unroll 3
   for (int k = 0; k < rows; ++k)
 #pragma GCC unroll 3
     for (int q = 0; q < cols; ++q) sum[k][q] = sums[columns[q].taps[k]];
-#pragma GCC unroll 4
-  for (int line = 0; line < kGradRows + rows - 1; ++line) from[line] = lines[columns->row + line * step_h];
+  lines += columns->row;
   for (int64_t i = 0; i < count; ++i, at += step) {
-    Vec<A> g[kGradRows];
-#pragma GCC unroll 2
-    for (int row = 0; row < kGradRows; ++row) g[row] = load(grads[row] + at);
+    Vec<A> g[kRows];
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) g[row] = load(grads[row] + at);
 #pragma GCC unroll 3
     for (int q = 0; q < cols; ++q) {
-      const int64_t offset = at + columns[q].offset;
-#pragma GCC unroll 4
-      for (int line = 0; line < kGradRows + rows - 1; ++line) {
-        const Vec<A> value = load(from[line] + offset);
+      const int64_t from = at + columns[q].offset;
+#pragma GCC unroll 8
+      for (int line = 0; line < kRows + rows - 1; ++line) {
+        const Vec<A> value = load(lines[line] + from);
 #pragma GCC unroll 3
         for (int k = 0; k < rows; ++k)
-          if (line - k >= 0 && line - k < kGradRows) sum[k][q] += g[line - k] * value;
+          if (line - k >= 0 && line - k < kRows) sum[k][q] += g[line - k] * value;
       }
     }
   }
@@ -452,23 +529,23 @@ FASTNN_INLINE void add_products(const TapColumn* columns, const A* const* lines,
 }
 
 template <class A>
-void add_all_products(const TapColumn* columns, int64_t num_columns, const A* const* lines, int64_t step_h,
-                      const A* const* grads, int64_t at, int64_t step, int64_t count, Vec<A>* sums) {
+void add_all_products(const TapColumn* columns, int64_t num_columns, const A* const* lines, const A* const* grads,
+                      int64_t at, int64_t step, int64_t count, Vec<A>* sums) {
   for (const TapColumn *column = columns, *end = columns + num_columns; column < end;) {
     const bool three = end - column >= 3 && column[1].row == column->row && column[2].row == column->row &&
                        column[1].rows == column->rows && column[2].rows == column->rows;
     if (column->rows == 3 && three)
-      add_products<A, 3, 3>(column, lines, step_h, grads, at, step, count, sums);
+      add_products<A, 3, 3>(column, lines, grads, at, step, count, sums);
     else if (column->rows == 3)
-      add_products<A, 3, 1>(column, lines, step_h, grads, at, step, count, sums);
+      add_products<A, 3, 1>(column, lines, grads, at, step, count, sums);
     else if (column->rows == 2 && three)
-      add_products<A, 2, 3>(column, lines, step_h, grads, at, step, count, sums);
+      add_products<A, 2, 3>(column, lines, grads, at, step, count, sums);
     else if (column->rows == 2)
-      add_products<A, 2, 1>(column, lines, step_h, grads, at, step, count, sums);
+      add_products<A, 2, 1>(column, lines, grads, at, step, count, sums);
     else if (three)
-      add_products<A, 1, 3>(column, lines, step_h, grads, at, step, count, sums);
+      add_products<A, 1, 3>(column, lines, grads, at, step, count, sums);
     else
-      add_products<A, 1, 1>(column, lines, step_h, grads, at, step, count, sums);
+      add_products<A, 1, 1>(column, lines, grads, at, step, count, sums);
     column += three ? 3 : 1;
   }
 }
@@ -497,8 +574,8 @@ void sum_carefully(const TapGrad& p, int64_t c, int64_t begin, int64_t end, Accu
 
 // sums[vector][tap] += over rows [index, stop) of all images' rows, which belong to one image; after the taps, the bias.
 template <class T, bool by_channel>
-void sum_rows(const DepthwiseGrad& d, Window<Accumulator<T>>& window, Accumulator<T>* grads, const TapColumn* columns,
-              int64_t num_columns, int64_t index, int64_t stop, int64_t c, int64_t channels,
+void sum_rows(const DepthwiseGrad& d, Window<Accumulator<T>>& window, const Lines& grad_lines,
+              Accumulator<T>* grads, const TapColumn* columns, int64_t num_columns, int64_t index, int64_t stop, int64_t c, int64_t channels,
               Vec<Accumulator<T>>* sums) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
@@ -507,29 +584,29 @@ void sum_rows(const DepthwiseGrad& d, Window<Accumulator<T>>& window, Accumulato
   // A pass of vectors: kColumns pixels of one vector of channels, or a whole row.
   const int64_t step = by_channel ? d.lines.pixel : L, passed = by_channel ? kColumns : ceil_div(p.cols, L) * L;
   window.next = 0;
-  for (; index < stop; index += kGradRows) {
+  for (const int64_t begin = index; index < stop; index += kRows) {
     const int64_t y = index % p.rows;
-    pack_rows<T, by_channel>(window, p.source, p.planes.step_w, n, c, channels,
-                             y * p.planes.step_h - d.lines.origin_h);
-    const A* rows[kGradRows];
-    for (int i = 0; i < kGradRows; ++i) {
+    const int64_t inside = (index - begin) % d.lines.rows;
+    if (inside == 0) turn_to<T, by_channel>(window, p.source, n, c, channels, y);
+    const A* rows[kRows];
+    for (int i = 0; i < kRows; ++i) {
       A* line = grads + i * d.grad_lines.size;
       rows[i] = index + i < stop ? line : window.zeros;
-      if (index + i < stop) pack_line<T, by_channel>(p.grad, 1, d.grad_lines, n, c, channels, y + i, line);
     }
+    pack_lines<T, by_channel>(p.grad, grad_lines, n, c, channels, y, least(kRows, stop - index), grads);
     for (int64_t x = 0; x < p.cols; x += passed)
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t at = x * step + v * L;
         const int64_t count = by_channel ? least(passed, p.cols - x) : passed / L;
         Vec<A>* sum = sums + v * (p.num_taps + 1);
-        add_all_products(columns, num_columns, window.lines, p.planes.step_h, rows, at, step, count, sum);
+        add_all_products(columns, num_columns, window.table + inside, rows, at, step, count, sum);
         if (!p.bias_sums) continue;
-        Vec<A> total[kGradRows] = {};
+        Vec<A> total[kRows] = {};
         for (int64_t i = 0; i < count; ++i)
-#pragma GCC unroll 2
-          for (int row = 0; row < kGradRows; ++row) total[row] += load(rows[row] + at + i * step);
-#pragma GCC unroll 2
-        for (int row = 0; row < kGradRows; ++row) sum[p.num_taps] += total[row];
+#pragma GCC unroll 4
+          for (int row = 0; row < kRows; ++row) total[row] += load(rows[row] + at + i * step);
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; ++row) sum[p.num_taps] += total[row];
       }
   }
 }
@@ -539,10 +616,11 @@ void run_grad_layout(const DepthwiseGrad& d, void* scratch, int64_t begin, int64
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   const TapGrad& p = *d.problem;
-  Window<A> window(d.lines, scratch);
-  A* grads = window.ring + d.lines.count * d.lines.size;
-  for (int64_t i = 0; i < kGradRows * d.grad_lines.size; ++i) grads[i] = 0;
-  Vec<A>* sums = reinterpret_cast<Vec<A>*>(grads + kGradRows * d.grad_lines.size);
+  Window<A> window(d.lines, p.source, scratch);
+  const Lines grad_lines(d.grad_lines, p.cols);
+  A* grads = window.ring + d.lines.ring * d.lines.size;
+  for (int64_t i = 0; i < kRows * d.grad_lines.size; ++i) grads[i] = 0;
+  Vec<A>* sums = reinterpret_cast<Vec<A>*>(grads + kRows * d.grad_lines.size);
   const int64_t each = p.num_taps + 1;  // the last: of the bias
   TapColumn columns[kDepthwiseMaxTaps];
   const int64_t num_columns = tap_columns(d.lines, p.planes, p.taps, p.num_taps, columns);
@@ -559,7 +637,7 @@ void run_grad_layout(const DepthwiseGrad& d, void* scratch, int64_t begin, int64
     for (int64_t index = first_row, stop; index < end_row; index = stop) {
       stop = least(end_row, (index / p.rows + 1) * p.rows);
       for (int64_t c = c_begin; c < c_end; c += together)
-        sum_rows<T, by_channel>(d, window, grads, columns, num_columns, index, stop, c, together,
+        sum_rows<T, by_channel>(d, window, grad_lines, grads, columns, num_columns, index, stop, c, together,
                                 sums + (by_channel ? 0 : c - c_begin) * each);
     }
     for (int64_t c = c_begin; c < c_end; ++c) {
