@@ -351,7 +351,7 @@ bool run_depthwise(const std::vector<TapConv>& phases, int64_t up_h, int64_t up_
     to += (p.num_taps + 1) * padded * element;
   }
   d.phases = packed_phases.data();
-  const int64_t vectors = up_w * kDepthwiseRows * 2 + taps + int64_t(phases.size());
+  const int64_t vectors = up_w * kDepthwiseRows * kDepthwiseSpan + taps + int64_t(phases.size());
   const int64_t bytes = d.lines.bytes(element) + vectors * kDepthwiseVector * element;
   torch::stable::parallel_for(
       0, d.tasks(), std::max<int64_t>(1, kDepthwiseGrain / (up_h * up_w * d.block_rows * d.cols * d.block_channels)),
@@ -380,7 +380,8 @@ bool plan_depthwise(TapGrad& p, int64_t element, DepthwiseGrad& d) {
   d.grad_lines.step_w = 1, d.grad_lines.origin_w = 0, d.grad_lines.columns = p.cols;
   d.grad_lines.size = d.lines.pitch * d.lines.pixel;
   d.channel_blocks = ceil_div(p.groups, d.block_channels);
-  p.slices = std::min(by_column ? p.batch : p.batch * p.rows, ceil_div(kGradTasks, d.channel_blocks));
+  p.slices = std::min(by_column ? p.batch : ceil_div(p.batch * p.rows, kDepthwiseBlockRows),
+                      ceil_div(kGradTasks, d.channel_blocks));
   return true;
 }
 

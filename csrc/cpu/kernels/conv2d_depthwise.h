@@ -8,7 +8,8 @@
 namespace fastnn::cpu {
 
 constexpr int64_t kDepthwiseMaxTaps = 81;
-constexpr int64_t kDepthwiseRows = 4;    // result rows computed together
+constexpr int64_t kDepthwiseRows = 4;     // result rows computed together,
+constexpr int64_t kDepthwiseSpan = 2;     // and vectors of each
 constexpr int64_t kDepthwiseVector = 16;  // elements of the widest vector
 
 // How a source's rows wait for the kernels in scratch: as lines in the accumulator type, with zeros for the padding,

@@ -18,7 +18,7 @@
 // computed again, element by element (`run_carefully`, `sum_carefully`).
 
 constexpr int kRows = kDepthwiseRows;
-constexpr int kSpan = 2;
+constexpr int kSpan = kDepthwiseSpan;
 constexpr int kColumn = 3;        // taps of a column taken together
 constexpr int64_t kColumns = 16;  // pixels whose products are summed before the next channels' are
 
@@ -61,30 +61,37 @@ template <class T, bool masked>
 void pack_columns(Rows<T> r, int64_t step, int64_t count, Accumulator<T>* dst, int64_t size) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
-  // Of two vectors; the second starts one early, so as not to reach past the last element wanted.
-  Mask<A> every_other;
-  for (int k = 0; k < L; ++k) every_other[k] = 2 * k + (k < L / 2 ? 0 : 1);
   for (; r.rows > 0; --r.rows, r.data += r.stride, r.relu += masked ? r.relu_stride : 0, dst += size) {
-    if (step == 1 && count >= L) {
-      int64_t i = 0;
+    int64_t i = 0;
+    if (step == 1 && count < L) {
+      store(dst, load_source<T, masked>(r.data, r.relu, int(count)));
+    } else if (step == 1) {
       for (; i + L <= count; i += L) store(dst + i, load_source<T, masked>(r.data + i, r.relu + (masked ? i : 0)));
       i = count - L;
       store(dst + i, load_source<T, masked>(r.data + i, r.relu + (masked ? i : 0)));
-    } else if (step == 1) {
-      store(dst, load_source<T, masked>(r.data, r.relu, int(count)));
-    } else if (step == 2 && count >= L) {
-      for (int64_t i = 0; i < count; i += L) {
-        if (i > count - L) i = count - L;
-        const T *from = r.data + 2 * i, *mask = r.relu + (masked ? 2 * i : 0);
-        store(dst + i, __builtin_shuffle(load_source<T, masked>(from, mask),
-                                         load_source<T, masked>(from + L - 1, mask + (masked ? L - 1 : 0)),
-                                         every_other));
-      }
     } else {
-      for (int64_t i = 0; i < count; ++i)
+      for (; i < count; ++i)
         dst[i] = masked && to_accumulator(r.relu[i * step]) <= 0 ? A(0) : to_accumulator(r.data[i * step]);
     }
   }
+}
+
+// Of each row, the even elements to `even` and the odd ones to `odd`, `count` of either.
+template <class T, bool masked>
+void pack_column_pairs(Rows<T> r, int64_t count, Accumulator<T>* even, Accumulator<T>* odd, int64_t size) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  Mask<A> evens, odds;
+  for (int k = 0; k < L; ++k) evens[k] = 2 * k, odds[k] = 2 * k + 1;
+  for (; r.rows > 0; --r.rows, r.data += r.stride, r.relu += masked ? r.relu_stride : 0, even += size, odd += size)
+    for (int64_t i = 0; i < count; i += L) {
+      if (i > count - L) i = count - L;
+      const T *from = r.data + 2 * i, *mask = r.relu + (masked ? 2 * i : 0);
+      const Vec<A> low = load_source<T, masked>(from, mask);
+      const Vec<A> high = load_source<T, masked>(from + L, mask + (masked ? L : 0));
+      store(even + i, __builtin_shuffle(low, high, evens));
+      store(odd + i, __builtin_shuffle(low, high, odds));
+    }
 }
 
 // The channels of one pixel.
@@ -95,6 +102,21 @@ FASTNN_INLINE void pack_pixel(const T* src, const T* relu, int64_t channels, Acc
   for (; c + L <= channels; c += L) store(dst + c, load_source<T, masked>(src + c, masked ? relu + c : nullptr));
   if (c < channels) store(dst + c, load_source<T, masked>(src + c, masked ? relu + c : nullptr, int(channels - c)));
 }
+
+// Memory to fetch into the cache while something else is computed, a piece at a time. An address past its tensor does no
+// harm.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t lines = 0;  // a piece
+
+  template <class T>
+  void set(const T* begin, int64_t count, int64_t pieces) {
+    at = reinterpret_cast<const char*>(begin), lines = ceil_div(count * int64_t(sizeof(T)), 64 * pieces);
+  }
+  FASTNN_INLINE void fetch() {
+    for (int64_t i = 0; i < lines; ++i, at += 64) __builtin_prefetch(at);
+  }
+};
 
 // What of a source row lies on a line, by phase of columns.
 struct Columns {
@@ -135,11 +157,20 @@ void pack_lines_as(const ConvSource& s, const Lines& lines, int64_t n, int64_t c
       }
     }
   } else {
+    int64_t pairs = 0;
+    if (l.step_w == 2) {
+      // Where both phases have columns, from the source's first on, they are taken together.
+      const Columns& even = lines.phases[l.origin_w & 1];
+      const Columns& odd = lines.phases[~l.origin_w & 1];
+      pairs = l.origin_w >= 0 ? least(even.count, odd.count) : 0;
+      if (pairs < kLanes<Accumulator<T>>) pairs = 0;
+      pack_column_pairs<T, masked>(r, pairs, to + even.at, to + odd.at, l.size);
+    }
     for (int64_t phase = 0; phase < l.step_w; ++phase) {
       const Columns& run = lines.phases[phase];
       Rows<T> from = r;
-      from.data += run.x, from.relu += masked ? run.x : 0;
-      if (run.count > 0) pack_columns<T, masked>(from, l.step_w, run.count, to + run.at, l.size);
+      from.data += run.x + pairs * l.step_w, from.relu += masked ? run.x + pairs * l.step_w : 0;
+      if (run.count > pairs) pack_columns<T, masked>(from, l.step_w, run.count - pairs, to + run.at + pairs, l.size);
     }
   }
 }
@@ -364,12 +395,15 @@ FASTNN_INLINE void interleave(const Accumulator<T>* from, int64_t pitch, int64_t
 // A tile's columns of all column phases; by_channel: of `channels` channels.
 template <class T, bool by_channel, int NX>
 FASTNN_INLINE void tiles(const ResultRows<T>* phases, int64_t up_w, int64_t width, int64_t x, int64_t channels,
-                         Accumulator<T>* block) {
+                         Accumulator<T>* block, Ahead* ahead) {
   constexpr int L = kLanes<Accumulator<T>>;
   if (by_channel) {
     for (int64_t b = 0; b < up_w; ++b)
       for (int64_t c = 0; c < channels; c += L) tile<T, true, NX>(phases[b], x, c, channels - c, nullptr);
-  } else if (up_w == 1) {
+    return;
+  }
+  ahead[0].fetch(), ahead[1].fetch();
+  if (up_w == 1) {
     tile<T, false, NX>(*phases, x, 0, L, nullptr);
   } else {
     constexpr int64_t kPhase = kRows * NX * L;
@@ -468,14 +502,25 @@ void run_layout(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t en
           phases[b].result = static_cast<T*>(p.result.data) + n * stride.n + c * stride.c + y * stride.h;
           phases[b].lines = window.table + inside, phases[b].rows = least(kRows, p.rows - y), width += p.cols;
         }
+        // NCHW fetches the same rows of the next plane, and the result rows that come next.
+        Ahead ahead[2];
+        if (!by_channel) {
+          const int64_t pieces = ceil_div(d.cols, kSpan * kWide), step = first.planes.step_h;
+          const ConvSource& source = first.source;
+          if (a == 0)
+            ahead[0].set(static_cast<const T*>(source.data) + n * source.stride.n + (c + 1) * source.stride.c +
+                             y * step * source.stride.h,
+                         kRows * step * source.width, pieces);
+          ahead[1].set(phases->result + kRows * phases->row_stride, kRows * width, pieces);
+        }
         for (int64_t x = 0; x < d.cols;) {
           // The last tile may overlap the one before it: no partial vectors, unless the whole row is one.
           const int span = d.cols - x >= kSpan * kWide ? kSpan : 1;
           if (x + span * kWide > d.cols) x = most(0, d.cols - span * kWide);
           if (span == kSpan)
-            tiles<T, by_channel, kSpan>(phases, d.up_w, width, x, channels, block);
+            tiles<T, by_channel, kSpan>(phases, d.up_w, width, x, channels, block, ahead);
           else
-            tiles<T, by_channel, 1>(phases, d.up_w, width, x, channels, block);
+            tiles<T, by_channel, 1>(phases, d.up_w, width, x, channels, block, ahead);
           x += span * kWide;
         }
       }
@@ -587,6 +632,16 @@ void sum_rows(const DepthwiseGrad& d, Window<Accumulator<T>>& window, const Line
   for (const int64_t begin = index; index < stop; index += kRows) {
     const int64_t y = index % p.rows;
     const int64_t inside = (index - begin) % d.lines.rows;
+    if (!by_channel) {
+      // The same rows of the next plane.
+      Ahead ahead;
+      for (const ConvSource* s : {&p.source, &p.grad}) {
+        const int64_t down = s == &p.source ? p.planes.step_h : 1;
+        ahead.set(static_cast<const T*>(s->data) + n * s->stride.n + (c + 1) * s->stride.c + y * down * s->stride.h,
+                  kRows * down * s->width, 1);
+        ahead.fetch();
+      }
+    }
     if (inside == 0) turn_to<T, by_channel>(window, p.source, n, c, channels, y);
     const A* rows[kRows];
     for (int i = 0; i < kRows; ++i) {
