@@ -113,6 +113,11 @@ struct Ahead {
   void set(const T* begin, int64_t count, int64_t pieces) {
     at = reinterpret_cast<const char*>(begin), lines = ceil_div(count * int64_t(sizeof(T)), 64 * pieces);
   }
+  template <class T>
+  Ahead& set_rows(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t rows, int64_t pieces) {
+    set(static_cast<const T*>(s.data) + n * s.stride.n + c * s.stride.c + y * s.stride.h, rows * s.width, pieces);
+    return *this;
+  }
   FASTNN_INLINE void fetch() {
     for (int64_t i = 0; i < lines; ++i, at += 64) __builtin_prefetch(at);
   }
@@ -506,11 +511,7 @@ void run_layout(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t en
         Ahead ahead[2];
         if (!by_channel) {
           const int64_t pieces = ceil_div(d.cols, kSpan * kWide), step = first.planes.step_h;
-          const ConvSource& source = first.source;
-          if (a == 0)
-            ahead[0].set(static_cast<const T*>(source.data) + n * source.stride.n + (c + 1) * source.stride.c +
-                             y * step * source.stride.h,
-                         kRows * step * source.width, pieces);
+          if (a == 0) ahead[0].set_rows<T>(first.source, n, c + 1, y * step, kRows * step, pieces);
           ahead[1].set(phases->result + kRows * phases->row_stride, kRows * width, pieces);
         }
         for (int64_t x = 0; x < d.cols;) {
@@ -633,14 +634,8 @@ void sum_rows(const DepthwiseGrad& d, Window<Accumulator<T>>& window, const Line
     const int64_t y = index % p.rows;
     const int64_t inside = (index - begin) % d.lines.rows;
     if (!by_channel) {
-      // The same rows of the next plane.
-      Ahead ahead;
-      for (const ConvSource* s : {&p.source, &p.grad}) {
-        const int64_t down = s == &p.source ? p.planes.step_h : 1;
-        ahead.set(static_cast<const T*>(s->data) + n * s->stride.n + (c + 1) * s->stride.c + y * down * s->stride.h,
-                  kRows * down * s->width, 1);
-        ahead.fetch();
-      }
+      Ahead().set_rows<T>(p.source, n, c + 1, y * p.planes.step_h, kRows * p.planes.step_h, 1).fetch();
+      Ahead().set_rows<T>(p.grad, n, c + 1, y, kRows, 1).fetch();
     }
     if (inside == 0) turn_to<T, by_channel>(window, p.source, n, c, channels, y);
     const A* rows[kRows];
