@@ -24,6 +24,7 @@ from reference import (
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as native
+from wheel import module_info, older_module_tests, op_info, raised
 
 import fastnn
 import fastnn.nn.functional as F
@@ -271,11 +272,16 @@ def test_overflow_and_underflow(backend, dtype):
 @pytest.mark.parametrize("pool_stride", [None, 1, 3])
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_pool_of_infinities_and_nans(backend, special, pool_stride, layout):
-    """NaN wins its window, whichever element of several native chooses gets the gradient, and -inf loses to 0."""
-    x = integers(torch.float64, (2, 4, 12, 23))
-    x[:, ::2][torch.rand(2, 2, 12, 23) < 0.1] = special
-    x, w = LAYOUTS[layout](x), integers(torch.float64, (6, 2, 1, 1))
+@pytest.mark.parametrize("operand", ["input", "weight"])
+def test_pool_of_infinities_and_nans(backend, operand, special, pool_stride, layout):
+    """NaN wins its window, whichever element of several native chooses gets the gradient, and -inf loses to 0. In
+    backward, infinity times a gradient of zero is NaN."""
+    x, w = integers(torch.float64, (2, 4, 12, 23)), integers(torch.float64, (6, 2, 1, 1))
+    if operand == "input":
+        x[:, ::2][torch.rand(2, 2, 12, 23) < 0.1] = special
+    else:
+        w[1, 1] = special
+    x = LAYOUTS[layout](x)
     kwargs = {"groups": 2, "pool_kernel_size": (2, 3), "pool_stride": pool_stride}
     output = native_conv2d_relu_max_pool2d(x, w, **kwargs)
     grad_output = integers(torch.float64, tuple(output.shape))
@@ -283,6 +289,31 @@ def test_pool_of_infinities_and_nans(backend, special, pool_stride, layout):
     exact = values_and_gradients(partial(native_conv2d_relu_max_pool2d, **kwargs), (x.contiguous(), w), grad_output)
     for name, a, e in zip(NAMES, ours, exact, strict=False):
         assert_same(a, e, name)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
+@pytest.mark.parametrize(
+    ("channels", "results", "kwargs"),
+    [
+        pytest.param(33, 65, {"padding": 1}, id="a chunk and one more channel, a block and one more result"),
+        pytest.param(70, 40, {"dilation": (1, 2), "pool_kernel_size": 3, "pool_stride": 2}, id="dilated, overlapping"),
+        pytest.param(40, 140, {"groups": 2, "stride": 2, "padding": 2, "pool_stride": 3}, id="strided, gaps, groups"),
+    ],
+)
+def test_pool_gradients_of_many_channels(backend, dtype, layout, channels, results, kwargs):
+    """On small integers, so exactly: more channels than are taken at a time."""
+    x = LAYOUTS[layout](integers(dtype, (2, channels, 15, 18)))
+    w = integers(dtype, (results, channels // kwargs.get("groups", 1), 3, 3))
+    b = integers(dtype, (results,))
+    exact_inputs = tuple(map(to_float64, (x, w, b)))
+    grad_output = integers(dtype, tuple(native_conv2d_relu_max_pool2d(*exact_inputs, **kwargs).shape))
+    actual = values_and_gradients(partial(F.conv2d_relu_max_pool2d, **kwargs), (x, w, b), grad_output)
+    exact = values_and_gradients(
+        partial(native_conv2d_relu_max_pool2d, **kwargs), exact_inputs, to_float64(grad_output)
+    )
+    for name, a, e in zip(NAMES, actual, exact, strict=True):
+        assert_same(a, e.to(dtype), name)
 
 
 SOME_CASES = [
@@ -397,9 +428,7 @@ def test_depthwise_padding_is_not_multiplied(backend, stride, layout):
             grad_input[inside] += tap * grad_output[out]
             grad_weight[:, 0, r, q] = (x[inside] * grad_output[out]).sum((0, 2, 3))
     exact = (output, grad_input, grad_weight, grad_output.sum((0, 2, 3)))
-    actual = values_and_gradients(
-        partial(F.conv2d, **kwargs), (LAYOUTS[layout](x), w, b), LAYOUTS[layout](grad_output)
-    )
+    actual = values_and_gradients(partial(F.conv2d, **kwargs), (LAYOUTS[layout](x), w, b), LAYOUTS[layout](grad_output))
     for name, a, e in zip(NAMES, actual, exact, strict=True):
         torch.testing.assert_close(a, e, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -625,17 +654,10 @@ def test_output_layout_is_natives(backend, input_layout, weight_layout, groups):
 # ---- the samples inside the torch wheel ----
 
 
-def wheel_samples(dtype: torch.dtype, requires_grad: bool) -> list[Any]:
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    (info,) = (op for op in op_db if op.name == "nn.functional.conv2d")
-    return list(info.sample_inputs("cpu", dtype, requires_grad=requires_grad))
-
-
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_wheel_samples(backend, op, dtype):
-    samples = wheel_samples(dtype, requires_grad=False)
+    samples = list(op_info("conv2d").sample_inputs("cpu", dtype))
     assert len(samples) >= 30
     for sample in samples:
         inputs = (sample.input, *sample.args)
@@ -661,7 +683,7 @@ def test_wheel_samples(backend, op, dtype):
 @pytest.mark.expects_native
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.complex128], ids=str)
 def test_wheel_samples_without_a_kernel(backend, dtype):
-    for sample in wheel_samples(dtype, requires_grad=dtype.is_complex):
+    for sample in op_info("conv2d").sample_inputs("cpu", dtype, requires_grad=dtype.is_complex):
         exact = native.conv2d(sample.input, *sample.args, **sample.kwargs)
         ours = F.conv2d(sample.input, *sample.args, **sample.kwargs)
         assert_same(ours, exact, "output")
@@ -675,20 +697,9 @@ def test_wheel_samples_without_a_kernel(backend, dtype):
                 torch.testing.assert_close(o, e)
 
 
-def raised(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[type[BaseException], str]:
-    try:
-        function(*args, **kwargs)
-    except Exception as exception:
-        return type(exception), str(exception)
-    raise AssertionError("nothing was raised")
-
-
 @pytest.mark.expects_native
 def test_wheel_error_inputs(backend):
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    (info,) = (op for op in op_db if op.name == "nn.functional.conv2d")
-    errors = list(info.error_inputs("cpu"))
+    errors = list(op_info("conv2d").error_inputs("cpu"))
     assert len(errors) >= 10
     for case in errors:
         sample = case.sample_input
@@ -777,18 +788,15 @@ def test_a_large_pool_window(backend):
 
 def module_samples() -> list[Any]:
     """Every nn.Conv2d of torch's own module tests, as (constructor arguments, input shape)."""
-    from torch.testing._internal.common_modules import module_db
-    from torch.testing._internal.common_nn import get_new_module_tests, module_tests
-
     samples = []
-    (info,) = (m for m in module_db if m.name == "nn.Conv2d")
+    info = module_info("Conv2d")
     for m in info.module_inputs_func(info, "cpu", torch.float64, requires_grad=False, training=True):
         args, kwargs = m.constructor_input.args, m.constructor_input.kwargs
         samples.append(((args, kwargs), tuple(m.forward_input.args[0].shape)))
-    for test in [*module_tests, *get_new_module_tests()]:
-        if test.get("module_name") == "Conv2d":
+    for test in older_module_tests("Conv2d"):
+        if "constructor_args" in test:
             samples.append(((test["constructor_args"], {}), test["input_size"]))
-        elif test.get("fullname", "").startswith("Conv2d_"):
+        else:
             module = test["constructor"]()
             names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
             samples.append((((), {name: getattr(module, name) for name in names}), test["input_size"]))

@@ -1,5 +1,5 @@
-// Interface of the depthwise convolution kernels, torch-free: problems of conv2d.h with one channel a group. Vector lanes
-// are neighbours in memory, of the source as of the result: columns of a row (NCHW) or channels of a pixel
+// Interface of the depthwise convolution kernels, torch-free: problems of conv2d.h with one channel a group. Vector
+// lanes are neighbours in memory, of the source as of the result: columns of a row (NCHW) or channels of a pixel
 // (channels_last).
 #pragma once
 

@@ -1,6 +1,6 @@
-// Depthwise convolution: one channel in, one out, so there is no depth to reduce over and the work is bound by memory and
-// loads. The same kernels serve NCHW, with neighbouring columns in a vector's lanes, and channels_last, with neighbouring
-// channels; they differ in how a line is packed, a weight is loaded and a result is stored.
+// Depthwise convolution: one channel in, one out, so there is no depth to reduce over and the work is bound by memory
+// and loads. The same kernels serve NCHW, with neighbouring columns in a vector's lanes, and channels_last, with
+// neighbouring channels; they differ in how a line is packed, a weight is loaded and a result is stored.
 //
 // Lines: every source row is read once, in memory's own order, into a ring of lines of the accumulator type, with zeros
 // for the padding and columns split by the stride's phase. What a result row needs is then a few lines that stay in the
@@ -21,10 +21,6 @@ constexpr int kRows = kDepthwiseRows;
 constexpr int kSpan = kDepthwiseSpan;
 constexpr int kColumn = 3;        // taps of a column taken together
 constexpr int64_t kColumns = 16;  // pixels whose products are summed before the next channels' are
-
-FASTNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTNN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- reading a source ----
 
@@ -49,14 +45,15 @@ Accumulator<T> read_element(const ConvSource& s, int64_t n, int64_t c, int64_t y
   return to_accumulator(static_cast<const T*>(s.data)[n * d.n + c * d.c + y * d.h + x * d.w]);
 }
 
-// What neighbours in memory, and one row after the other: `rows` rows of a source.
+// Rows of a source: their elements are neighbours in memory, or their pixels' channels are.
 template <class T>
 struct Rows {
   const T *data, *relu;
   int64_t stride, relu_stride, rows;
 };
 
-// Of each row, every step-th element, `count` of them, to lines `size` apart. May write a vector past `count`, of zeros.
+// Of each row, every step-th element, `count` of them, to lines `size` apart. May write a vector past `count`, of
+// zeros.
 template <class T, bool masked>
 void pack_columns(Rows<T> r, int64_t step, int64_t count, Accumulator<T>* dst, int64_t size) {
   using A = Accumulator<T>;
@@ -103,8 +100,8 @@ FASTNN_INLINE void pack_pixel(const T* src, const T* relu, int64_t channels, Acc
   if (c < channels) store(dst + c, load_source<T, masked>(src + c, masked ? relu + c : nullptr, int(channels - c)));
 }
 
-// Memory to fetch into the cache while something else is computed, a piece at a time. An address past its tensor does no
-// harm.
+// Memory to fetch into the cache while something else is computed, a piece at a time: NCHW packs a whole plane, then
+// computes it, and would wait for memory meanwhile. An address past its tensor does no harm.
 struct Ahead {
   const char* at = nullptr;
   int64_t lines = 0;  // a piece
@@ -164,10 +161,10 @@ void pack_lines_as(const ConvSource& s, const Lines& lines, int64_t n, int64_t c
   } else {
     int64_t pairs = 0;
     if (l.step_w == 2) {
-      // Where both phases have columns, from the source's first on, they are taken together.
+      // As far as both phases reach they are taken together, from the source's first two columns on.
       const Columns& even = lines.phases[l.origin_w & 1];
       const Columns& odd = lines.phases[~l.origin_w & 1];
-      pairs = l.origin_w >= 0 ? least(even.count, odd.count) : 0;
+      pairs = least(even.count, odd.count);
       if (pairs < kLanes<Accumulator<T>>) pairs = 0;
       pack_column_pairs<T, masked>(r, pairs, to + even.at, to + odd.at, l.size);
     }
@@ -248,8 +245,7 @@ int64_t tap_columns(const DepthwiseLines& l, const Planes& p, const Tap* taps, i
   for (;; ++n) {
     int64_t first = -1;
     for (int64_t t = 0; t < count; ++t)
-      if (!taken[t] &&
-          (first < 0 || rows[t] < rows[first] || (rows[t] == rows[first] && offsets[t] < offsets[first])))
+      if (!taken[t] && (first < 0 || rows[t] < rows[first] || (rows[t] == rows[first] && offsets[t] < offsets[first])))
         first = t;
     if (first < 0) return n;
     TapColumn& column = columns[n];
@@ -262,7 +258,9 @@ int64_t tap_columns(const DepthwiseLines& l, const Planes& p, const Tap* taps, i
   }
 }
 
-FASTNN_INLINE int64_t padded_channels(int64_t channels) { return ceil_div(channels, 16) * 16; }
+FASTNN_INLINE int64_t padded_channels(int64_t channels) {
+  return ceil_div(channels, kDepthwiseVector) * kDepthwiseVector;
+}
 
 // packed[tap][channel], and then, [channel], 0 where all of a channel's weights are finite and NaN where not.
 template <class T>
@@ -397,7 +395,7 @@ FASTNN_INLINE void interleave(const Accumulator<T>* from, int64_t pitch, int64_t
   for (int64_t i = 0; i < count; ++i) to[i] = from_accumulator<T>(from[i % phases * pitch + i / phases]);
 }
 
-// A tile's columns of all column phases; by_channel: of `channels` channels.
+// A tile's columns of all column phases; by_channel: of `channels` channels. `width`: of the phases together.
 template <class T, bool by_channel, int NX>
 FASTNN_INLINE void tiles(const ResultRows<T>* phases, int64_t up_w, int64_t width, int64_t x, int64_t channels,
                          Accumulator<T>* block, Ahead* ahead) {
@@ -421,8 +419,8 @@ FASTNN_INLINE void tiles(const ResultRows<T>* phases, int64_t up_w, int64_t widt
 
 // Result rows [begin, end) of each row phase, channel c: padding is left out of the sums.
 template <class T>
-void run_carefully(const DepthwiseConv& d, int64_t n, int64_t c, int64_t begin, int64_t end,
-                   const TapColumn* columns, const int64_t* ends) {
+void run_carefully(const DepthwiseConv& d, int64_t n, int64_t c, int64_t begin, int64_t end, const TapColumn* columns,
+                   const int64_t* ends) {
   using A = Accumulator<T>;
   for (int64_t phase = 0; phase < d.up_h * d.up_w; ++phase) {
     const TapConv& p = d.phases[phase];
@@ -484,7 +482,8 @@ void run_layout(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t en
     for (int64_t i = 0; i < num_phases; ++i) {
       const TapConv& p = d.phases[i];
       const int64_t padded = padded_channels(p.groups);
-      const A *weight = static_cast<const A*>(p.weight) + c, *bias = p.bias ? static_cast<const A*>(p.bias) + c : nullptr;
+      const A *weight = static_cast<const A*>(p.weight) + c,
+              *bias = p.bias ? static_cast<const A*>(p.bias) + c : nullptr;
       rows[i].weight = weight, rows[i].weight_step = padded, rows[i].bias = bias;
       if (by_channel) continue;
       rows[i].weight = splat_to, rows[i].weight_step = kLanes<A>;
@@ -618,10 +617,11 @@ void sum_carefully(const TapGrad& p, int64_t c, int64_t begin, int64_t end, Accu
   }
 }
 
-// sums[vector][tap] += over rows [index, stop) of all images' rows, which belong to one image; after the taps, the bias.
+// sums[vector][tap] += over rows [index, stop) of all images' rows, which belong to one image; after the taps, the
+// bias.
 template <class T, bool by_channel>
-void sum_rows(const DepthwiseGrad& d, Window<Accumulator<T>>& window, const Lines& grad_lines,
-              Accumulator<T>* grads, const TapColumn* columns, int64_t num_columns, int64_t index, int64_t stop, int64_t c, int64_t channels,
+void sum_rows(const DepthwiseGrad& d, Window<Accumulator<T>>& window, const Lines& grad_lines, Accumulator<T>* grads,
+              const TapColumn* columns, int64_t num_columns, int64_t index, int64_t stop, int64_t c, int64_t channels,
               Vec<Accumulator<T>>* sums) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
