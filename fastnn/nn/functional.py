@@ -46,7 +46,8 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if has_torch_function_unary(input):  # torch's own protocol, which fastnn.convert and torch.fx build on
         return handle_torch_function(native.relu, (input,), input, inplace=inplace)
-    if not use_kernels("relu", input) or (inplace and not _writable(input)):
+    # torch.compile fuses its own ReLU into what stands beside it, and could not fuse an operator of ours.
+    if not use_kernels("relu", input) or torch.compiler.is_compiling() or (inplace and not _writable(input)):
         return native.relu(input, inplace)
     return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)
 
@@ -227,7 +228,7 @@ def _cross_entropy_covers(
         fits = fits and target.shape == shape and ignore_index < 0
     else:
         fits = fits and target.shape == (shape[:1] + shape[2:] if dim > 1 else ())
-        fits = fits and type(target) is Tensor and target.is_cpu and target.layout is torch.strided
+        fits = fits and type(target) is Tensor and target.device == input.device and target.layout is torch.strided
         if target.dtype is torch.uint8:  # native torch takes it in only some of its paths
             fits = fits and dim <= 2 and not (weight is not None and label_smoothing > 0)
         else:
