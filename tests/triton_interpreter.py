@@ -25,8 +25,8 @@ def as_cpu_kernels():
             yield
 
 
-# ---- repairs (Triton 3.9). The interpreter rounds float32 to bfloat16 towards zero, and multiplies the bits of bfloat16
-# in tl.dot; a GPU rounds to nearest, ties to even, and that is what the kernels are written for. And it patches
+# ---- repairs (Triton 3.9). The interpreter rounds float32 to bfloat16 towards zero, and tl.dot multiplies the bits of
+# bfloat16; a GPU rounds to nearest, ties to even, and that is what the kernels are written for. And it patches
 # triton.language anew, 5 ms each time, for every function that a kernel calls.
 
 

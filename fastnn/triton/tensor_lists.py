@@ -7,6 +7,7 @@ its. The table is made anew for every step: a step remembers nothing of the tens
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,7 @@ def _share_memory(tensors: list[Tensor]) -> bool:
             last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
             ranges.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()))
     ranges.sort()
-    return any(end > begin for (_, end), (begin, _) in zip(ranges, ranges[1:], strict=False))
+    return any(end > begin for (_, end), (begin, _) in itertools.pairwise(ranges))
 
 
 def _copy_back(target: Tensor, source: Tensor) -> None:
