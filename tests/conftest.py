@@ -67,7 +67,8 @@ def pytest_runtest_call(item):
                 patch.setitem(check.__kwdefaults__, "fast_mode", True)
             if hypothesis.is_hypothesis_test(item.obj):
                 settings = item.obj._hypothesis_internal_use_settings
-                fewer = hypothesis.settings(settings, max_examples=min(INTERPRETED_EXAMPLES, settings.max_examples))
+                examples = min(INTERPRETED_EXAMPLES, settings.max_examples)
+                fewer = hypothesis.settings(settings, max_examples=examples, phases=[hypothesis.Phase.generate])
                 patch.setattr(item.obj, "_hypothesis_internal_use_settings", fewer)
         return (yield)
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import _C
 from fastnn.optim.step import FusedStep, states_of, updated
 
 
@@ -39,7 +38,7 @@ class Adam(FusedStep, torch.optim.Adam):
             states = states_of(self, params)
         return skipped or updated(
             "adam",
-            _C.adam_,
+            "adam_",
             params,
             grads,
             [s["exp_avg"] for s in states],

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as native_sgd
 
-from fastnn.dispatch import _C
 from fastnn.optim.step import FusedStep, states_of, updated
 
 
@@ -89,7 +88,7 @@ class SGD(FusedStep, torch.optim.SGD):
                 buffers[i] = torch.empty_like(params[i])
             if not updated(
                 "sgd",
-                _C.sgd_,
+                "sgd_",
                 params,
                 grads,
                 buffers,

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import _C, log_once, use_kernels
+from fastnn.dispatch import _C, choice, log_once, use_kernels
+from fastnn.ops.autograd import run
 
 
 class FusedStep(torch.optim.Optimizer):
@@ -31,7 +32,10 @@ class FusedStep(torch.optim.Optimizer):
 
     def _fused_step(self, group: dict[str, Any]) -> bool:
         """Whether the kernels made the group's step; where not, nothing has changed."""
-        if torch.compiler.is_compiling() or not use_kernels(self._op):
+        if torch.compiler.is_compiling():
+            return False
+        params, grads = params_and_grads(group)
+        if not use_kernels(self._op, *params[:1]):  # of the others the kernels themselves say whether they take them
             return False
         if torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
             log_once(self._op, "of an active TorchDispatchMode")
@@ -40,7 +44,6 @@ class FusedStep(torch.optim.Optimizer):
             if group.get(option):
                 log_once(self._op, f"of {option}=True")
                 return False
-        params, grads = params_and_grads(group)
         if not params:
             return True
         skipped = bool(getattr(self, "found_inf", None) or 0)  # any number but 0
@@ -84,11 +87,20 @@ def states_of(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[di
     return [state.get(p, {}) for p in params]
 
 
-def updated(op: str, kernel: Callable[..., None], *args: Any) -> bool:
-    """Runs ``kernel`` on lists of tensors. False where it does not take one of them: nothing has changed then."""
+def updated(op: str, operator: str, params: list[Tensor], grads: list[Tensor], *args: Any) -> bool:
+    """Runs the kernels of ``torch.ops.fastnn.<operator>`` on lists of tensors; the last argument is ``grad_scale``.
+    False where they do not take one of the tensors: nothing has changed then."""
+    on_cpu = choice(op, params[0].device.type)[0] == "cpu"
     try:
-        kernel(*args)
+        if on_cpu:  # straight from the lists, past the dispatcher; it counts the versions too
+            getattr(_C, operator)(params, grads, *args)
+        else:
+            run(operator, params, grads, *args)
     except _C.NotCovered as refusal:
         log_once(op, str(refusal))
         return False
+    if not on_cpu:
+        for changed in (params, [] if args[-1] is None else grads, *args):
+            if isinstance(changed, list) and changed and isinstance(changed[0], Tensor):
+                torch.autograd.graph.increment_version(changed)
     return True
