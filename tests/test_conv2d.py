@@ -344,7 +344,9 @@ def test_matches_the_definition(backend, case):
         np.testing.assert_allclose(a.numpy(), e, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("width", range(1, 41))
+@pytest.mark.parametrize(
+    "width", [width if width in (1, 17) else pytest.param(width, marks=pytest.mark.big) for width in range(1, 41)]
+)
 def test_every_tail(backend, width):
     """Output widths and channel counts one by one, in float32, where the vectors are widest."""
     x, w, b = Case((2, width, 5, width), (width, width, 3, 3)).tensors(partial(integers, torch.float32))

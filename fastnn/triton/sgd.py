@@ -54,8 +54,8 @@ def update_kernel(
     g = g * tl.full((), grad_factor, ACC)
     if MOMENTUM:
         buffer = tensor_of(record, 2, DTYPE, ALIGNED) + i
-        is_first = tl.load(record + OPERANDS + 1) != 0
-        b = tl.load(buffer, mask=mask & (is_first == 0), other=0.0).to(ACC)
+        is_first = tl.load(record + OPERANDS + 1) != 0  # what the buffer then holds, NaN perhaps, is not selected
+        b = tl.load(buffer, mask=mask).to(ACC)
         b = tl.where(is_first, g, b * tl.full((), momentum, ACC) + tl.full((), undamped, ACC) * g)
         tl.store(buffer, b.to(DTYPE), mask=mask)
         g = g + tl.full((), momentum, ACC) * b if NESTEROV else b
