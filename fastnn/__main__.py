@@ -21,7 +21,7 @@ import fastnn
 import fastnn.nn.functional as F
 import fastnn.optim
 from fastnn import _C
-from fastnn.dispatch import FORCED_DEVICES, KERNELS, OPERATORS, forced, why_off
+from fastnn.dispatch import DEVICES, FORCED_DEVICES, KERNELS, OPERATORS, forced, why_off
 
 
 def facts() -> dict[str, Any]:
@@ -62,6 +62,15 @@ def table() -> dict[str, dict[str, str]]:
         }
         for op in OPERATORS
     }
+
+
+def markdown() -> str:
+    """The registry as docs/backends.md shows it: what has kernels, whatever this machine has."""
+    lines = ["| op | " + " | ".join(f"`{backend}`" for backend in KERNELS) + " |", "|---" * (len(KERNELS) + 1) + "|"]
+    for op in OPERATORS:
+        lines.append(f"| {op} | " + " | ".join("kernels" if op in KERNELS[b] else "" for b in KERNELS) + " |")
+    lines.append("| on tensors of | " + " | ".join(", ".join(DEVICES[b]) for b in KERNELS) + " |")
+    return "\n".join(lines)
 
 
 # ---- the self-test: per op, results and gradients to be compared with native's ----
@@ -127,7 +136,12 @@ def self_test(backend: str, op: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastnn", description=__doc__)
     parser.add_argument("--json", action="store_true", help="the same for machines")
-    as_json = parser.parse_args().json
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/backends.md, and nothing else")
+    arguments = parser.parse_args()
+    as_json = arguments.json
+    if arguments.markdown:
+        print(markdown())
+        return 0
     support = table()
     tests = {
         op: {backend: self_test(backend, op) for backend, state in states.items() if state == "available"}

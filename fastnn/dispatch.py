@@ -241,7 +241,8 @@ def _register() -> None:
         for operator in operators:
             _operators[operator] = getattr(torch.ops.fastnn, operator).default
             for device_type in DEVICES["triton"]:
-                if op in KERNELS["triton"] and why_off("cuda", op, device_type) is not None:
+                compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{operator}", device_type.upper())
+                if op in KERNELS["triton"] and not compiled:
                     torch.library.impl(f"fastnn::{operator}", device_type, loading(operator))
 
 

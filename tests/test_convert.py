@@ -74,6 +74,7 @@ POOLS = {
 }
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("relu", FUNCTIONAL_RELUS)
 @pytest.mark.parametrize("pool", [None, *POOLS])
 def test_functions(backend, relu, pool):

@@ -251,7 +251,9 @@ def refusing(backend, bad):
     if backend == "cuda":
         pytest.skip("a device assert would end this process's use of the GPU")
     if backend == "cuda-emulated":
-        return pytest.raises(RuntimeError, match=r"cross_entropy(_backward)?: device-side assert triggered: target >= 0")
+        return pytest.raises(
+            RuntimeError, match=r"cross_entropy(_backward)?: device-side assert triggered: target >= 0"
+        )
     return pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\.")
 
 

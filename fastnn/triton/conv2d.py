@@ -45,6 +45,8 @@ Ints = list[int]
 ROWS, MAX_COLUMNS, DEPTH = 64, 64, 32
 MIN_COLUMNS = 16  # tl.dot takes no fewer, nor float64 on many GPUs: these are multiplied and added element by element
 SUMS, SHALLOW = 512, 8  # then: rows * columns, and what is reduced at a time; the product of both is in registers
+# The interpreter's cost is one of steps, not of elements.
+INTERPRETED_ROWS, INTERPRETED_DEPTH = 256, 128
 # The gradient of the weight: programs enough for the largest GPUs, and memory for all the slices.
 PROGRAMS, SLICE_BYTES = 512, 64 << 20
 BLOCK = 1024  # elements of a program of the pooling kernels
@@ -385,16 +387,23 @@ def _pooled_size(op: str, size: Ints, kernel: Ints, stride: Ints) -> Ints:
 
 def _blocks(tensor: Tensor, columns: int, rows: int | None = None) -> dict[str, Any]:
     """The kernels' constants for so many columns, and so many rows where they are few."""
+    dot = tensor.dtype is not torch.float64 and min(columns, rows or columns) >= MIN_COLUMNS
+    block = min(triton.next_power_of_2(columns), MAX_COLUMNS if dot else MIN_COLUMNS)
+    height, depth = (ROWS, DEPTH) if dot else (SUMS // block, SHALLOW)
+    if tensor.is_cpu:
+        height, depth = INTERPRETED_ROWS, INTERPRETED_DEPTH
+    if rows is not None:
+        height = min(triton.next_power_of_2(rows), height)
     # As torch's own convolution; float32 outside of CUDA is what it says.
     tf32 = tensor.is_cuda and torch.backends.cudnn.allow_tf32
-    constants = {"ACC": accumulator(tensor), "PRECISION": "tf32" if tf32 else "ieee"}
-    if tensor.dtype is not torch.float64 and columns >= MIN_COLUMNS and (rows is None or rows >= MIN_COLUMNS):
-        block = min(triton.next_power_of_2(columns), MAX_COLUMNS)
-        height = ROWS if rows is None else min(triton.next_power_of_2(rows), ROWS)
-        return constants | {"DOT": True, "ROWS": height, "COLUMNS": block, "DEPTH": DEPTH}
-    block = min(triton.next_power_of_2(columns), MIN_COLUMNS)
-    height = SUMS // block if rows is None else min(triton.next_power_of_2(rows), SUMS // block)
-    return constants | {"DOT": False, "ROWS": height, "COLUMNS": block, "DEPTH": SHALLOW}
+    return {
+        "ACC": accumulator(tensor),
+        "DOT": dot,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "ROWS": height,
+        "COLUMNS": block,
+        "DEPTH": depth,
+    }
 
 
 def _convolve(
