@@ -21,7 +21,7 @@ import fastnn
 import fastnn.nn.functional as F
 import fastnn.optim
 from fastnn import _C
-from fastnn.dispatch import DEVICES, FORCED_DEVICES, KERNELS, OPERATORS, forced, why_off
+from fastnn.dispatch import CUDA_OFF, DEVICES, FORCED_DEVICES, KERNELS, OPERATORS, forced, why_off
 
 
 def facts() -> dict[str, Any]:
@@ -31,11 +31,13 @@ def facts() -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
         triton_version = "not installed"
     available = _C.available_isas()
+    cuda = sys.modules.get("fastnn._C_cuda")
     return {
         "fastnn": f"{fastnn.__version__}, compiled by {_C.compiler} with torch {_C.torch_built_with}",
         "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
         "torch": torch.__version__,
         "triton": triton_version,
+        "cuda": f"off: {CUDA_OFF}" if cuda is None else f"kernels compiled for {cuda.architectures}",
         "instruction sets": {
             isa: "in use" if isa == _C.isa() else "available" if isa in available else "off: this CPU does not have it"
             for isa in _C.built_isas()
