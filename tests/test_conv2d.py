@@ -604,7 +604,8 @@ def test_output_layout_is_natives(backend, input_layout, weight_layout, groups):
 # ---- the samples inside the torch wheel ----
 
 
-@pytest.mark.parametrize("dtype", mostly_big(FLOATING, 1), ids=str)
+@pytest.mark.big
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_wheel_samples(backend, op, dtype):
     samples = list(op_info("conv2d").sample_inputs("cpu", dtype))
