@@ -15,6 +15,8 @@ from wheel import module_info, op_info
 import fastnn.nn as fnn
 import fastnn.nn.functional as F
 
+pytestmark = pytest.mark.kernels
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 HYPOTHESIS = settings(
@@ -156,7 +158,6 @@ def cast(value, dtype):
 
 @given(problem=problems())
 @HYPOTHESIS
-@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_against_float64(backend, dtype, problem):
     x, target, kwargs, layout, target_layout = problem
@@ -257,7 +258,6 @@ def refusing(backend, bad):
     return pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\.")
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("bad", [-1, 5, 7, -100, 2**31, 2**32 + 1, 2**62, -(2**62)])
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6), (2, 5, 3, 2), (5,)])
 def test_target_out_of_range(backend, bad, shape):
@@ -271,7 +271,6 @@ def test_target_out_of_range(backend, bad, shape):
             )
 
 
-@pytest.mark.kernels
 def test_backward_checks_the_target_again(backend):
     x, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     _, stats = torch.ops.fastnn.cross_entropy(x, target, None, 1, -100, 0.0)
@@ -280,7 +279,6 @@ def test_backward_checks_the_target_again(backend):
         torch.ops.fastnn.cross_entropy_backward(torch.ones(()), x, target, None, stats, 1, -100, 0.0)
 
 
-@pytest.mark.kernels
 def test_ignored_rows(backend):
     x = torch.randn(6, 50)
     x[1] = float("nan")
@@ -297,7 +295,6 @@ def test_ignored_rows(backend):
         assert F.cross_entropy(x, everything, reduction="sum", label_smoothing=smoothing) == 0
 
 
-@pytest.mark.kernels
 def test_uint8_and_strided_targets(backend):
     x, target = torch.randn(4, 5), torch.tensor([4, 0, 3, 1])
     expected = native.cross_entropy(x, target)
@@ -308,7 +305,6 @@ def test_uint8_and_strided_targets(backend):
     torch.testing.assert_close(F.cross_entropy(x, same), native.cross_entropy(x, same))
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(0, 5), (2, 5, 0), (0, 5, 3, 2)])
 def test_empty_batch(backend, shape, reduction):
@@ -321,7 +317,6 @@ def test_empty_batch(backend, shape, reduction):
 # ---- traps ----
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(8, 10), (8, 1000), (2, 20, 9)])
 def test_confident_rows(backend, dtype, shape):
@@ -333,7 +328,6 @@ def test_confident_rows(backend, dtype, shape):
     torch.testing.assert_close(actual.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 20000), (2, 30), (2, 200, 5)])
 def test_nothing_but_minus_infinity_at_first(backend, dtype, shape):
@@ -346,7 +340,6 @@ def test_nothing_but_minus_infinity_at_first(backend, dtype, shape):
     assert_as_accurate_as_native(x, torch.full(shape[:1] + shape[2:], shape[1] - 1), reduction="none")
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("how", ["expanded", "strided", "reversed"])
 @pytest.mark.parametrize("shape", [(6, 10), (6, 100), (6, 5, 7)])
 def test_any_grad_output(backend, how, shape):
@@ -361,7 +354,6 @@ def test_any_grad_output(backend, how, shape):
 
 
 @pytest.mark.big
-@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_rows(backend, dtype):
     """Native's own 16-bit mean goes wrong here."""
@@ -371,7 +363,6 @@ def test_many_rows(backend, dtype):
 
 
 @pytest.mark.big
-@pytest.mark.kernels
 @pytest.mark.parametrize("shape", [(3, 20000), (10, 9000), (20, 9000), (5000, 10), (200, 100), (3, 20, 700), (700, 3)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_same_bits_every_time(backend, shape, reduction):
@@ -390,7 +381,6 @@ def test_same_bits_every_time(backend, shape, reduction):
         assert torch.equal(grad, results[0][1])
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("shape", [pytest.param((40, 20000), marks=pytest.mark.big), (40, 10), (40, 100)])
 def test_row_does_not_depend_on_its_batch(backend, shape):
     x, target = torch.randn(shape), torch.randint(shape[1], shape[:1])

@@ -86,12 +86,7 @@ class SGD(FusedStep, torch.optim.SGD):
         if not skipped:
             for i in first_steps:
                 buffers[i] = torch.empty_like(params[i])
-            if not updated(
-                "sgd",
-                "sgd_",
-                params,
-                grads,
-                buffers,
+            options = (
                 first_steps,
                 float(group["lr"]),
                 float(group["momentum"]),
@@ -101,7 +96,8 @@ class SGD(FusedStep, torch.optim.SGD):
                 bool(group["maximize"]),
                 bool(group["lr_in_velocity"]),
                 grad_scale,
-            ):
+            )
+            if not updated("sgd", [params, grads, buffers], options):
                 return False
         for i in first_steps:
             self.state[params[i]]["momentum_buffer"] = buffers[i]

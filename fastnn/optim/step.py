@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -32,20 +32,23 @@ class FusedStep(torch.optim.Optimizer):
 
     def _fused_step(self, group: dict[str, Any]) -> bool:
         """Whether the kernels made the group's step; where not, nothing has changed."""
-        if torch.compiler.is_compiling():
-            return False
         params, grads = params_and_grads(group)
         if not use_kernels(self._op, *params[:1]):  # of the others the kernels themselves say whether they take them
             return False
-        if torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
             log_once(self._op, "of an active TorchDispatchMode")
             return False
-        for option in ("capturable", "differentiable"):
+        for option in ("differentiable",) if compiling else ("differentiable", "capturable"):  # the compiler sets that
             if group.get(option):
                 log_once(self._op, f"of {option}=True")
                 return False
         if not params:
             return True
+        if compiling and not all(map(use_kernels, [self._op] * len(params), params, grads)):
+            return False
+        if compiling and isinstance(group["lr"], Tensor):  # its value is not known yet
+            return False
         skipped = bool(getattr(self, "found_inf", None) or 0)  # any number but 0
         grad_scale = getattr(self, "grad_scale", None)
         return self._update(group, params, grads, skipped, None if grad_scale is None else float(grad_scale))
@@ -87,20 +90,23 @@ def states_of(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[di
     return [state.get(p, {}) for p in params]
 
 
-def updated(op: str, operator: str, params: list[Tensor], grads: list[Tensor], *args: Any) -> bool:
-    """Runs the kernels of ``torch.ops.fastnn.<operator>`` on lists of tensors; the last argument is ``grad_scale``.
-    False where they do not take one of the tensors: nothing has changed then."""
-    on_cpu = choice(op, params[0].device.type)[0] == "cpu"
+def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[Any, ...]) -> bool:
+    """Runs the kernel on lists of tensors. False where it does not take one of them: nothing has changed then."""
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            getattr(torch.ops.fastnn, f"{op}_")(*lists, *options)
+        return True
+    params = cast(Sequence[Tensor], lists[0])
     try:
-        if on_cpu:  # straight from the lists, past the dispatcher; it counts the versions too
-            getattr(_C, operator)(params, grads, *args)
-        else:
-            run(operator, params, grads, *args)
+        if choice(op, params[0].device.type)[0] == "cpu":  # straight from the lists, past the dispatcher
+            getattr(_C, f"{op}_")(*lists, *options)
+            return True
+        run(f"{op}_", *lists, *options)
     except _C.NotCovered as refusal:
         log_once(op, str(refusal))
         return False
-    if not on_cpu:
-        for changed in (params, [] if args[-1] is None else grads, *args):
-            if isinstance(changed, list) and changed and isinstance(changed[0], Tensor):
-                torch.autograd.graph.increment_version(changed)
+    grads_change = options[-1] is not None  # divided by grad_scale
+    for i, changed in enumerate(lists):
+        if i != 1 or grads_change:
+            torch.autograd.graph.increment_version(cast(Sequence[Tensor], changed))
     return True
