@@ -15,7 +15,6 @@ from triton.runtime.jit import JITFunction, mangle_type
 import fastnn.triton
 
 TARGETS = {
-    "cuda-80": GPUTarget("cuda", 80, 32),
     "cuda-90": GPUTarget("cuda", 90, 32),
     "hip-gfx942": GPUTarget("hip", "gfx942", 64),
 }
