@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference import mostly_big
 from torch.nn import functional as native
 from wheel import module_info, op_info
 
@@ -412,7 +413,7 @@ def test_opinfo_samples(backend, dtype):
     assert info.error_inputs_func is None  # none to run; those of the module are below
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", mostly_big([torch.float64, torch.float32, torch.float16], 1))
 def test_moduleinfo_samples(backend, dtype):
     info = module_info("CrossEntropyLoss")
     inputs = info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=True)
