@@ -24,7 +24,7 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, s
 hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=_CHECKS, print_blob=True)
 hypothesis.settings.load_profile("fixed")
 
-INTERPRETED_EXAMPLES = 8
+INTERPRETED_EXAMPLES = 4
 BACKENDS = [f"cpu-{isa}" for isa in _C.available_isas()]
 if GPU and torch.version.cuda:
     BACKENDS.append("cuda")
