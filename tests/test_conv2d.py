@@ -18,6 +18,7 @@ from reference import (
     SLACK,
     conv2d_numpy,
     error,
+    mostly_big,
     to_float64,
     values_and_gradients,
 )
@@ -269,7 +270,7 @@ def test_overflow_and_underflow(backend, dtype):
     assert_same(F.conv2d(x, w), exact.to(dtype), "output")
 
 
-@pytest.mark.parametrize("pool_stride", [None, 1, 3])
+@pytest.mark.parametrize("pool_stride", mostly_big([None, 1, 3], 1))
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("operand", ["input", "weight"])
@@ -291,6 +292,7 @@ def test_pool_of_infinities_and_nans(backend, operand, special, pool_stride, lay
         assert_same(a, e, name)
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
 @pytest.mark.parametrize(
@@ -316,6 +318,7 @@ def test_pool_gradients_of_many_channels(backend, dtype, layout, channels, resul
         assert_same(a, e.to(dtype), name)
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", [CONV2D, CONV2D_RELU], ids=["plain", "relu"])
 @pytest.mark.parametrize(
@@ -350,7 +353,7 @@ SOME_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", SOME_CASES, ids=str)
+@pytest.mark.parametrize("case", mostly_big(SOME_CASES, 2, 4, 6), ids=str)
 def test_matches_the_definition(backend, case):
     """The output and every gradient against loops in numpy: an oracle that is not torch's convolution."""
     x, w, b = case.tensors(partial(normals, torch.float64))
@@ -367,7 +370,7 @@ def test_matches_the_definition(backend, case):
         np.testing.assert_allclose(a.numpy(), e, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("width", range(1, 41))
+@pytest.mark.parametrize("width", mostly_big(range(1, 41), 16))
 def test_every_tail(backend, width):
     """Output widths and channel counts one by one, in float32, where the vectors are widest."""
     x, w, b = Case((2, width, 5, width), (width, width, 3, 3)).tensors(partial(integers, torch.float32))
@@ -496,7 +499,7 @@ DERIVATIVE_CASES = [
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", DERIVATIVE_CASES, ids=str)
+@pytest.mark.parametrize("case", mostly_big(DERIVATIVE_CASES, 8), ids=str)
 def test_derivatives(backend, op, case):
     """First and second derivatives are those of finite differences."""
     inputs = [None if t is None else t.requires_grad_() for t in case.tensors(partial(normals, torch.float64))]
@@ -562,7 +565,7 @@ def raw_calls() -> list[Any]:
 
 
 @pytest.mark.parametrize(("op", "arguments"), raw_calls())
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("requires_grad", mostly_big([False, True], 1))
 def test_opcheck(backend, op, arguments, requires_grad):
     args = arguments()
     if requires_grad:
@@ -677,6 +680,7 @@ def test_output_layout_is_natives(backend, input_layout, weight_layout, groups):
 # ---- the samples inside the torch wheel ----
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_wheel_samples(backend, op, dtype):
@@ -826,6 +830,7 @@ def module_samples() -> list[Any]:
     return samples
 
 
+@pytest.mark.big
 def test_wheel_module_samples(backend):
     samples = module_samples()
     assert len(samples) >= 20

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fastnn.dispatch import _C, LIBRARIES, choice, log_once, use_kernels
+from fastnn.ops.autograd import run
 
 
 class Numbers(NamedTuple):
@@ -58,7 +59,7 @@ class FusedStep(torch.optim.Optimizer):
         if not compiling and torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
             log_once(self._op, "of an active TorchDispatchMode")
             return False
-        read_on_device = not compiling and bool(params) and library_of(self._op, params) is not _C
+        read_on_device = not compiling and bool(params) and library_of(self._op, params) not in (None, _C)
         for option in ("differentiable", "capturable"):
             if group.get(option) and not (option == "capturable" and (compiling or read_on_device)):
                 log_once(self._op, f"of {option}=True")
@@ -112,8 +113,8 @@ def states_of(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[di
 
 
 def library_of(op: str, params: list[Tensor]) -> Any:
-    """The module whose kernels serve these parameters past the dispatcher."""
-    return LIBRARIES[choice(op, params[0].device.type)[0]]
+    """The module whose kernels serve these parameters past the dispatcher, if there is one."""
+    return LIBRARIES.get(choice(op, params[0].device.type)[0])
 
 
 def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[Any, ...], numbers: Numbers) -> bool:
@@ -123,10 +124,18 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
         with torch.no_grad():
             getattr(torch.ops.fastnn, f"{op}_")(*lists, *options)
         return True
-    library = library_of(op, lists[0])  # type: ignore[arg-type]
+    params = cast(list[Tensor], lists[0])
+    library = library_of(op, params)
     try:
-        getattr(library, f"{op}_")(*lists, *options, *numbers.on_device)
-    except library.NotCovered as refusal:
+        if library is not None:  # straight from the lists, past the dispatcher
+            getattr(library, f"{op}_")(*lists, *options, *numbers.on_device)
+            return True
+        run(f"{op}_", *lists, *options)
+    except (library or _C).NotCovered as refusal:
         log_once(op, str(refusal))
         return False
+    grads_change = options[-1] is not None  # divided by grad_scale
+    for i, changed in enumerate(lists):
+        if i != 1 or grads_change:
+            torch.autograd.graph.increment_version(cast(Sequence[Tensor], changed))
     return True
