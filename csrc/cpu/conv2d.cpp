@@ -2,10 +2,12 @@
 // plan of a call (how planes are laid out and work is cut); the kernels are in kernels/conv2d_tier.h.
 #include <algorithm>
 #include <array>
+#include <atomic>
 
 #include "common/check.h"
 #include "common/conv_shape.h"
 #include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/conv2d_winograd.h"
 #include "cpu/memory.h"
 
 namespace fastnn::cpu {
@@ -262,6 +264,48 @@ bool is_depthwise(const Problem& p) {
          channels_contiguous(p.source);
 }
 
+// Winograd's convolution wins where there are channels to reduce, and tiles to share the weights' transform among. A
+// block's transformed tiles take most of the L2 cache.
+constexpr int64_t kWinogradChannels = 16, kWinogradTiles = 64;
+const int64_t kWinogradBytes = (getenv("WB") ? atoi(getenv("WB")) : 256) << 10, kWinogradLeastTiles = (getenv("WT") ? atoi(getenv("WT")) : 48);
+const int64_t kWinogradPanel = (getenv("WP") ? atoi(getenv("WP")) : 16);
+
+// As the packed planes' run below. False where the problem is another kernel's: also if a result was not finite.
+bool run_winograd(const TapConv& p, DType dtype, const Tensor& weight, const std::array<int64_t, 3>& strides) {
+  const WinogradKernels& kernels = winograd_kernels();
+  const PoolShape& pool = p.result.pool;
+  const bool window = p.num_taps == 9 && p.planes.step_h == 1 && p.planes.step_w == 1 && p.planes.halo_h == 2 &&
+                      p.planes.halo_w == 2;
+  const bool pooled_by_tile =
+      !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
+  WinogradConv w{};
+  w.conv = p;
+  w.tile_rows = p.result.pool_code ? pool.out_h : ceil_div(p.rows, 2);
+  w.tile_cols = p.result.pool_code ? pool.out_w : ceil_div(p.cols, 2);
+  if (!window || !pooled_by_tile || p.source.pool_code || (p.result.stride.c != 1 && p.result.stride.w != 1) ||
+      std::min(p.group_channels, p.group_results) < kWinogradChannels || w.tiles() < kWinogradTiles)
+    return false;
+
+  const int64_t element = accumulator_size(dtype), width = kernels.gemm_results[element == 4];
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t fit = std::max(kWinogradLeastTiles, kWinogradBytes / (kWinogradProducts * p.group_channels * element));
+  const int64_t blocks = std::max(ceil_div(w.tiles(), fit), ceil_div(2 * threads, p.groups));
+  w.block_tiles = ceil_div(ceil_div(w.tiles(), blocks), kernels.gemm_tiles) * kernels.gemm_tiles;
+  w.panel = ceil_div(kWinogradPanel, width) * width;
+  w.scratch = kernels.scratch[dtype](w);
+  const int64_t runs = p.groups * ceil_div(p.group_results, width), run = kWinogradProducts * p.group_channels * width;
+  const Scratch<char> packed(runs * run * element);
+  w.conv.weight = packed.get();
+  torch::stable::parallel_for(0, runs, std::max<int64_t>(1, 16 * 1024 / run), [&](int64_t begin, int64_t end) {
+    kernels.pack_weight[dtype](w, weight.data_ptr(), strides.data(), packed.get(), begin, end);
+  });
+  std::atomic<bool> finite{true};
+  run_tasks(w, [&](const WinogradConv& plan, void* scratch, int64_t begin, int64_t end) {
+    if (!kernels.run[dtype](plan, scratch, begin, end)) finite = false;
+  });
+  return finite;
+}
+
 constexpr int64_t kDepthwiseRowGrain = 16 * 1024;  // elements a thread takes at the least
 
 // Packs the weight (strides: of group, result channel, reduced channel) and runs the problem.
@@ -276,6 +320,7 @@ void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t,
                                 [&](int64_t begin, int64_t end) { depthwise_kernels().run[dtype](p, begin, end); });
     return;
   }
+  if (!getenv("NOW") && run_winograd(p, dtype, weight, strides)) return;
   plan(p, element, kernels.lanes[element == 4], kernels.tile_results);
   const Scratch<char> packed(p.groups * p.group_results * p.group_channels * p.num_taps * element);
   const int64_t blocks = p.groups * ceil_div(p.group_results, kernels.tile_results);
