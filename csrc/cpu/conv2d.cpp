@@ -264,39 +264,43 @@ bool is_depthwise(const Problem& p) {
          channels_contiguous(p.source);
 }
 
-// Winograd's convolution wins where there are channels to reduce, and tiles to share the weights' transform among. A
-// block's transformed tiles take most of the L2 cache.
-constexpr int64_t kWinogradChannels = 16, kWinogradTiles = 64;
-const int64_t kWinogradBytes = (getenv("WB") ? atoi(getenv("WB")) : 256) << 10, kWinogradLeastTiles = (getenv("WT") ? atoi(getenv("WT")) : 48);
-const int64_t kWinogradPanel = (getenv("WP") ? atoi(getenv("WP")) : 16);
+constexpr int64_t kDepthwiseRowGrain = 16 * 1024, kPackGrain = 16 * 1024;  // elements a thread takes at the least
 
-// As the packed planes' run below. False where the problem is another kernel's: also if a result was not finite.
+// Winograd's convolution wins where there are channels to reduce, and tiles to share the weights' transform among. A
+// block's transformed tiles take half of an L2 cache; at least so many that the weights are not read too often.
+const int64_t kWinogradChannels = (getenv("WC") ? atoi(getenv("WC")) : 16), kWinogradTiles = (getenv("WN") ? atoi(getenv("WN")) : 32);
+const int64_t kWinogradBytes = (getenv("WB") ? atoi(getenv("WB")) : 256) << 10, kWinogradBlock = (getenv("WT") ? atoi(getenv("WT")) : 64);
+
+// Runs the problem by Winograd's convolution. False where that is not the kernel for it, or where a result was not
+// finite: the problem is still to be run.
 bool run_winograd(const TapConv& p, DType dtype, const Tensor& weight, const std::array<int64_t, 3>& strides) {
   const WinogradKernels& kernels = winograd_kernels();
   const PoolShape& pool = p.result.pool;
-  const bool window = p.num_taps == 9 && p.planes.step_h == 1 && p.planes.step_w == 1 && p.planes.halo_h == 2 &&
-                      p.planes.halo_w == 2;
-  const bool pooled_by_tile =
-      !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
+  const bool pooled = p.result.pool_code != nullptr;
   WinogradConv w{};
   w.conv = p;
-  w.tile_rows = p.result.pool_code ? pool.out_h : ceil_div(p.rows, 2);
-  w.tile_cols = p.result.pool_code ? pool.out_w : ceil_div(p.cols, 2);
-  if (!window || !pooled_by_tile || p.source.pool_code || (p.result.stride.c != 1 && p.result.stride.w != 1) ||
+  w.tile_rows = pooled ? pool.out_h : ceil_div(p.rows, 2), w.tile_cols = pooled ? pool.out_w : ceil_div(p.cols, 2);
+  const bool window = p.num_taps == 9 && p.planes.step_h == 1 && p.planes.step_w == 1 && p.planes.halo_h == 2 &&
+                      p.planes.halo_w == 2;
+  const bool pool_fits = !pooled || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 &&
+                                     pool.stride_w == 2);
+  const bool layout_fits = p.result.stride.c == 1 || p.result.stride.w == 1;
+  if (!window || !pool_fits || !layout_fits || p.source.pool_code ||
       std::min(p.group_channels, p.group_results) < kWinogradChannels || w.tiles() < kWinogradTiles)
     return false;
 
   const int64_t element = accumulator_size(dtype), width = kernels.gemm_results[element == 4];
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t fit = std::max(kWinogradLeastTiles, kWinogradBytes / (kWinogradProducts * p.group_channels * element));
+  const int64_t fit = std::max(kWinogradBlock, kWinogradBytes / (kWinogradProducts * p.group_channels * element));
   const int64_t blocks = std::max(ceil_div(w.tiles(), fit), ceil_div(2 * threads, p.groups));
   w.block_tiles = ceil_div(ceil_div(w.tiles(), blocks), kernels.gemm_tiles) * kernels.gemm_tiles;
-  w.panel = ceil_div(kWinogradPanel, width) * width;
+  w.group_runs = ceil_div(p.group_results, width);
+  w.run_product = (ceil_div(p.group_channels * width, 16) | 1) * 16;  // an odd number of cache lines: see set_block
   w.scratch = kernels.scratch[dtype](w);
-  const int64_t runs = p.groups * ceil_div(p.group_results, width), run = kWinogradProducts * p.group_channels * width;
-  const Scratch<char> packed(runs * run * element);
+  const int64_t runs = p.groups * w.group_runs, run_size = kWinogradProducts * w.run_product;
+  const Scratch<char> packed(runs * run_size * element);
   w.conv.weight = packed.get();
-  torch::stable::parallel_for(0, runs, std::max<int64_t>(1, 16 * 1024 / run), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, runs, std::max<int64_t>(1, kPackGrain / run_size), [&](int64_t begin, int64_t end) {
     kernels.pack_weight[dtype](w, weight.data_ptr(), strides.data(), packed.get(), begin, end);
   });
   std::atomic<bool> finite{true};
@@ -306,7 +310,6 @@ bool run_winograd(const TapConv& p, DType dtype, const Tensor& weight, const std
   return finite;
 }
 
-constexpr int64_t kDepthwiseRowGrain = 16 * 1024;  // elements a thread takes at the least
 
 // Packs the weight (strides: of group, result channel, reduced channel) and runs the problem.
 void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {

@@ -10,27 +10,27 @@ namespace fastnn::cpu {
 constexpr int64_t kWinogradProducts = 16;
 
 struct WinogradConv {
-  TapConv conv;  // its planes give the geometry only, its weight is packed by pack_weight below
+  TapConv conv;                  // its planes give the geometry only, its weight is packed by pack_weight below
   int64_t tile_rows, tile_cols;  // of an image
   int64_t block_tiles;           // a task's tiles, at most; a multiple of gemm_tiles
-  int64_t panel;                 // result channels whose products are kept until their results are written
+  int64_t group_runs;            // runs of gemm_results result channels in a group
+  int64_t run_product;           // elements of a run's weights for one product
   int64_t scratch;               // bytes a thread needs
 
   int64_t tiles() const { return conv.batch * tile_rows * tile_cols; }
-  int64_t blocks() const { return (tiles() + block_tiles - 1) / block_tiles; }
-  int64_t tasks() const { return conv.groups * blocks(); }
+  int64_t tasks() const { return conv.groups * ((tiles() + block_tiles - 1) / block_tiles); }
 };
 
 struct WinogradKernels {
   int gemm_tiles;       // tiles ...
   int gemm_results[2];  // ... and result channels of a register tile, for float64 and float32
-  // As ConvKernels::pack_weight, of [begin, end) of groups * ceil(group_results / gemm_results) runs of channels, which
-  // take kWinogradProducts * group_channels * gemm_results elements each.
+  // Packs runs [begin, end) of a weight viewed as [group][m][c][tap], kWinogradProducts * run_product elements each.
+  // strides: of group, m and c, elements.
   void (*pack_weight[kNumDTypes])(const WinogradConv&, const void* weight, const int64_t* strides, void* packed,
                                   int64_t begin, int64_t end);
   int64_t (*scratch[kNumDTypes])(const WinogradConv&);
   // Tasks [begin, end). False, at once, where a result is not finite: an infinity or NaN has then reached the other
-  // results of its tile too, so none of the call's results may be used.
+  // results of its tile too, so that none of the call's results may be used.
   bool (*run[kNumDTypes])(const WinogradConv&, void* scratch, int64_t begin, int64_t end);
 };
 

@@ -45,7 +45,7 @@ struct WinogradScratch {
     sum = odd_lines(w.block_tiles * kWidth);
     products = 0;
     sums = products + kWinogradProducts * product;
-    rows = sums + (w.panel + kWidth - 1) / kWidth * kWinogradProducts * sum;
+    rows = sums + kWinogradProducts * sum;
     line = rows + 4 * (2 * w.block_tiles + 2) * kLineVectors * L;
     codes = line + 2 * (2 * w.block_tiles + L) * L;
     end = codes + w.block_tiles * L;
@@ -178,36 +178,41 @@ void transform_input(const WinogradConv& w, int64_t c0, int64_t begin, int64_t e
 
 // ---- weight ----
 
-// packed[run of result channels][16][source channel][result channel of the run]: G g G^T.
+// G of three values.
+template <class V>
+FASTNN_INLINE void weight_products(V g0, V g1, V g2, V* out) {
+  const V half = (g0 + g2) / 2, middle = g1 / 2;
+  out[0] = g0, out[1] = half + middle, out[2] = half - middle, out[3] = g2;
+}
+
+// packed[run of kWidth result channels][16][source channel][result channel]: G g G^T. Of a run that one vector holds,
+// only that vector is stored.
 template <class T>
 void pack_products(const WinogradConv& w, const void* weight_, const int64_t* strides, void* packed_, int64_t begin,
                    int64_t end) {
   using A = Accumulator<T>;
   constexpr int64_t L = kLanes<A>, kWidth = kGemmVectors * L;
   const TapConv& p = w.conv;
-  const int64_t runs = (p.group_results + kWidth - 1) / kWidth;
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t group = index / runs, m = index % runs * kWidth;
-    const int64_t count = p.group_results - m < kWidth ? p.group_results - m : kWidth;
-    const int64_t width = (count + L - 1) / L * L;
+    const int64_t group = index / w.group_runs, m = index % w.group_runs * kWidth;
+    const int64_t count = p.group_results - m < kWidth ? p.group_results - m : kWidth, width = count > L ? kWidth : L;
     const T* weight = static_cast<const T*>(weight_) + group * strides[0] + m * strides[1];
-    A* packed = static_cast<A*>(packed_) + index * kWinogradProducts * p.group_channels * kWidth;
+    A* packed = static_cast<A*>(packed_) + index * kWinogradProducts * w.run_product;
     A taps[9][kWidth] = {};
-    for (int64_t c = 0; c < p.group_channels; ++c) {
+    for (int64_t c = 0; c < p.group_channels; ++c, packed += width) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t t = 0; t < 9; ++t)
           taps[p.taps[t].row * 3 + p.taps[t].col][i] =
               to_accumulator(weight[i * strides[1] + c * strides[2] + p.taps[t].weight]);
       for (int64_t v = 0; v < width; v += L) {
-        Vec<A> left[4][3];
+        Vec<A> left[4][3], out[4];
         for (int j = 0; j < 3; ++j) {
-          const Vec<A> g0 = load(taps[j] + v), g1 = load(taps[3 + j] + v), g2 = load(taps[6 + j] + v);
-          left[0][j] = g0, left[1][j] = (g0 + g2 + g1) * A(0.5), left[2][j] = (g0 + g2 - g1) * A(0.5), left[3][j] = g2;
+          weight_products(load(taps[j] + v), load(taps[3 + j] + v), load(taps[6 + j] + v), out);
+          for (int i = 0; i < 4; ++i) left[i][j] = out[i];
         }
         for (int i = 0; i < 4; ++i) {
-          const Vec<A> g0 = left[i][0], g1 = left[i][1], g2 = left[i][2];
-          const Vec<A> out[4] = {g0, (g0 + g2 + g1) * A(0.5), (g0 + g2 - g1) * A(0.5), g2};
-          for (int j = 0; j < 4; ++j) store(packed + ((4 * i + j) * p.group_channels + c) * width + v, out[j]);
+          weight_products(left[i][0], left[i][1], left[i][2], out);
+          for (int j = 0; j < 4; ++j) store(packed + (4 * i + j) * w.run_product + v, out[j]);
         }
       }
     }
@@ -375,33 +380,25 @@ bool run_winograd(const WinogradConv& w, void* scratch_, int64_t begin, int64_t 
   constexpr int64_t L = kLanes<A>, kWidth = kGemmVectors * L;
   const TapConv& p = w.conv;
   const WinogradScratch<A> s(w);
-  A* scratch = static_cast<A*>(scratch_);
-  const int64_t runs = (p.group_results + kWidth - 1) / kWidth, weights = p.group_channels * kWidth;
+  A *scratch = static_cast<A*>(scratch_), *products = scratch + s.products, *sums = scratch + s.sums;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task % p.groups, first = task / p.groups * w.block_tiles;
     const int64_t last = first + w.block_tiles < w.tiles() ? first + w.block_tiles : w.tiles();
     transform_input<T>(w, group * p.group_channels, first, last, s, scratch);
+    const A* weight = static_cast<const A*>(p.weight) + group * w.group_runs * kWinogradProducts * w.run_product;
     Vec<A> check{};
-    for (int64_t m0 = 0; m0 < p.group_results; m0 += w.panel) {
-      const int64_t m1 = m0 + w.panel < p.group_results ? m0 + w.panel : p.group_results;
-      for (int64_t k = 0; k < kWinogradProducts; ++k)
-        for (int64_t m = m0; m < m1; m += kWidth) {
-          const A* products = scratch + s.products + k * s.product;
-          const bool wide = m1 - m > L;
-          const A* weight = static_cast<const A*>(p.weight) + (group * runs + m / kWidth) * kWinogradProducts * weights +
-                            k * (wide ? weights : weights / kGemmVectors);
-          A* sums = scratch + s.sums + ((m - m0) / kWidth * kWinogradProducts + k) * s.sum;
-          if (wide)
-            gemm<A, kGemmVectors>(products, s.channel_pitch, weight, p.group_channels, last - first, sums);
-          else
-            gemm<A, 1>(products, s.channel_pitch, weight, p.group_channels, last - first, sums);
-        }
-      for (int64_t m = m0; m < m1; m += L) {
-        const int64_t run = (m - m0) / kWidth, width = m1 - m0 - run * kWidth > L ? kWidth : L;
-        check += transform_output<T>(w, group * p.group_results + m, int(m1 - m < L ? m1 - m : L), first, last,
-                                     scratch + s.sums + run * kWinogradProducts * s.sum + (m - m0) % kWidth, width, s,
-                                     scratch);
-      }
+    for (int64_t m = 0; m < p.group_results; m += kWidth) {
+      const int64_t count = p.group_results - m < kWidth ? p.group_results - m : kWidth;
+      for (int64_t k = 0; k < kWinogradProducts; ++k, weight += w.run_product)
+        if (count > L)
+          gemm<A, 2>(products + k * s.product, s.channel_pitch, weight, p.group_channels, last - first,
+                     sums + k * s.sum);
+        else
+          gemm<A, 1>(products + k * s.product, s.channel_pitch, weight, p.group_channels, last - first,
+                     sums + k * s.sum);
+      for (int64_t i = 0; i < count; i += L)
+        check += transform_output<T>(w, group * p.group_results + m + i, int(count - i < L ? count - i : L), first,
+                                     last, sums + i, count > L ? kWidth : L, s, scratch);
     }
     if (sum_lanes(check) != 0) return false;
   }
