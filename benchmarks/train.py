@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import fastnn.nn
 import fastnn.optim
 from benchmarks.conv2d import LAYOUTS
 from benchmarks.harness import Case, Settings, Variant, compiled, own
+from examples.compare import load_program
 
 ADAM: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "fused": {"fused": True}}
 CLASSES = 10
@@ -52,21 +52,6 @@ class Layer:
 
 def layers(settings: Settings) -> list[Layer]:
     return [Layer(batch=16 if settings.quick else 64)]
-
-
-def network(nn: ModuleType, size: int) -> torch.nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(64 * (size // 4) ** 2, 128),
-        nn.ReLU(),
-        nn.Linear(128, CLASSES),
-    )
 
 
 def in_layout(model: torch.nn.Module, layout: str) -> torch.nn.Module:
@@ -110,7 +95,8 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
     our_adam, convert = own("Adam", fastnn.optim, torch.optim), own("convert", fastnn, torch)
     images = torch.randn(layer.batch, 3, layer.size, layer.size, device=settings.device).to(dtype)
     target = torch.randint(CLASSES, (layer.batch,), device=settings.device)
-    initial = network(torch.nn, layer.size).to(settings.device, dtype)
+    initial = load_program(native=True).CNN(layer.size, CLASSES).to(settings.device, dtype)
+    program = load_program(native=False)
     reference = in_float64(initial, images, target)
 
     def native(layout: str, adam: str, compile_it: bool) -> Callable[[], list[Tensor]]:
@@ -121,7 +107,7 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
         return stepper(model, forward, torch.nn.CrossEntropyLoss(), optimizer, x, target)
 
     def ours(layout: str, converted: bool) -> Callable[[], list[Tensor]]:
-        model = in_layout(network(fastnn.nn, layer.size).to(settings.device, dtype), layout)
+        model = in_layout(program.CNN(layer.size, CLASSES).to(settings.device, dtype), layout)
         model.load_state_dict(initial.state_dict())
         if converted:
             convert(model)

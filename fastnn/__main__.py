@@ -1,35 +1,153 @@
-"""``python -m fastnn``: what is built, what this machine can run of it, and what is in use."""
+"""``python -m fastnn``: what is built, which backend serves which op on this machine, and whether it computes right.
 
+Every available backend is compared with native PyTorch, in about a second; the exit status is 1 if one differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
 import os
 import platform
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastnn
+import fastnn.nn.functional as F
+import fastnn.optim
 from fastnn import _C
+from fastnn.dispatch import FORCED_DEVICES, KERNELS, OPERATORS, forced, why_off
 
 
-def main() -> None:
-    built, available = _C.built_isas(), _C.available_isas()
-    rows = [
-        ("fastnn", f"{fastnn.__version__}, Python {platform.python_version()} on {sys.platform} {platform.machine()}"),
-        ("torch", f"{torch.__version__}, built with {_C.torch_built_with}, compiler {_C.compiler}"),
-        ("threads", str(_C.num_threads())),
-    ]
-    for isa in built:
-        state = "in use" if isa == _C.isa() else "available" if isa in available else "off: this CPU does not have it"
-        rows.append((isa, state))
-    if "FASTNN_CPU_ISA" in os.environ:
-        rows.append(("", f"FASTNN_CPU_ISA={os.environ['FASTNN_CPU_ISA']} chose the instruction set"))
-    ops = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::"))
-    for op in ops:
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU")
-        rows.append((op.removeprefix("fastnn::"), "CPU kernel" if has_kernel else "no kernel: native torch serves it"))
-    width = max(len(name) for name, _ in rows)
-    for name, what in rows:
-        print(f"{name:<{width}}  {what}")
+def facts() -> dict[str, Any]:
+    """What is installed and built, and what is in use of it."""
+    try:
+        triton_version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton_version = "not installed"
+    available = _C.available_isas()
+    return {
+        "fastnn": f"{fastnn.__version__}, compiled by {_C.compiler} with torch {_C.torch_built_with}",
+        "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "instruction sets": {
+            isa: "in use" if isa == _C.isa() else "available" if isa in available else "off: this CPU does not have it"
+            for isa in _C.built_isas()
+        },
+        "threads": _C.num_threads(),
+        "variables": {name: os.environ[name] for name in ("FASTNN_BACKEND", "FASTNN_CPU_ISA") if name in os.environ},
+    }
+
+
+def device_of(backend: str) -> str:
+    """The device type that ``backend`` would run on here."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = "cpu" if accelerator is None else accelerator.type
+    return here if here in FORCED_DEVICES[backend] else FORCED_DEVICES[backend][0]
+
+
+def table() -> dict[str, dict[str, str]]:
+    """Per op and backend ``'available'``, or why not."""
+    return {
+        op: {
+            backend: "available" if reason is None else f"off: {reason}"
+            for backend in KERNELS
+            for reason in [why_off(backend, op, device_of(backend))]
+        }
+        for op in OPERATORS
+    }
+
+
+# ---- the self-test: per op, results and gradients to be compared with native's ----
+
+
+def _with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [t.requires_grad_() for t in inputs]
+    output = function(*leaves)
+    return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+
+def _conv2d(draw: Callable[..., Tensor]) -> list[Tensor]:
+    inputs = [draw(2, 4, 9, 11), draw(6, 2, 3, 3), draw(6)]
+    plain = _with_gradients(lambda x, w, b: F.conv2d(x, w, b, stride=(1, 2), padding=1, groups=2), *inputs)
+    pooled = _with_gradients(lambda x, w, b: F.conv2d_relu_max_pool2d(x, w, b, padding=1, groups=2), *inputs)
+    return plain + pooled
+
+
+def _relu(draw: Callable[..., Tensor]) -> list[Tensor]:
+    return _with_gradients(F.relu, draw(3, 1001))
+
+
+def _cross_entropy(draw: Callable[..., Tensor]) -> list[Tensor]:
+    x = draw(8, 50)
+    return _with_gradients(lambda x: F.cross_entropy(x, x.argmin(1), label_smoothing=0.1), x)
+
+
+def _optimizer(cls: Callable[..., torch.optim.Optimizer], draw: Callable[..., Tensor]) -> list[Tensor]:
+    params = [torch.nn.Parameter(draw(*shape)) for shape in ((5, 7), (33,))]
+    optimizer = cls(params)
+    for _ in range(2):
+        for p in params:
+            p.grad = draw(*p.shape)
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+SELF_TEST: dict[str, Callable[[Callable[..., Tensor]], list[Tensor]]] = {
+    "conv2d": _conv2d,
+    "relu": _relu,
+    "cross_entropy": _cross_entropy,
+    "adam": lambda draw: _optimizer(lambda p: fastnn.optim.Adam(p, lr=0.1, weight_decay=0.1, amsgrad=True), draw),
+    "sgd": lambda draw: _optimizer(lambda p: fastnn.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), draw),
+}
+
+
+def self_test(backend: str, op: str) -> str:
+    """``'as native'``, or how ``backend`` differs from native PyTorch in ``op``."""
+    device = device_of(backend)
+    results = []
+    try:
+        for name in ("torch", backend):
+            generator = torch.Generator().manual_seed(0)
+            with fastnn.backend(name):
+                draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(device)  # noqa: B023, E731
+                results.append(SELF_TEST[op](draw))
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    except Exception as error:  # whatever a broken backend may do
+        return f"DIFFERS: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return "as native"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastnn", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="the same for machines")
+    as_json = parser.parse_args().json
+    support = table()
+    tests = {
+        op: {backend: self_test(backend, op) for backend, state in states.items() if state == "available"}
+        for op, states in support.items()
+    }
+    failed = any(result != "as native" for results in tests.values() for result in results.values())
+    if as_json:
+        print(json.dumps({**facts(), "forced": forced(), "support": support, "self-test": tests}, indent=2))
+        return int(failed)
+    for name, value in facts().items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}: {what}" for key, what in value.items()) or "none set"
+        print(f"{name:<17} {value}")
+    print(f"\n{'op':<15} backend  state")
+    for op, states in support.items():
+        for backend, state in states.items():
+            result = f", {tests[op][backend]}" if backend in tests[op] else ""
+            print(f"{op:<15} {backend:<8} {state}{result}")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

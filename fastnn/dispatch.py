@@ -1,45 +1,110 @@
 """Which implementation serves a call: the one place where that is decided.
 
-A call that no kernel covers goes to native torch, which also raises torch's own errors for wrong arguments; one DEBUG
-line in the ``fastnn`` logger says so, once per operator and reason.
+The order is: the compiled kernels for the tensors' device, else Triton's, else native torch. A call that no kernel
+covers goes to native torch, which also raises torch's own errors for wrong arguments; one DEBUG line in the ``fastnn``
+logger says so, once per operator and reason.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastnn import _C as _C  # loading the library registers torch.ops.fastnn
+from fastnn import triton
 
 logger = logging.getLogger("fastnn")
 
 KERNEL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-BACKENDS = ("cpu", "torch")
+BACKENDS = ("cpu", "cuda", "triton", "torch")
+
+# ---- the registry: what there is, and where it runs ----
+
+# Every op, the name of its files in csrc/cpu, csrc/cuda and fastnn/triton, with its operators in csrc/ops.cpp.
+OPERATORS = {
+    "conv2d": ("conv2d", "conv2d_relu_max_pool2d", "conv2d_backward"),
+    "relu": ("relu", "relu_", "relu_backward"),
+    "cross_entropy": ("cross_entropy", "cross_entropy_backward"),
+    "adam": ("adam_",),
+    "sgd": ("sgd_",),
+}
+# The backends that have kernels, the preferred one first: the device types they run on, and the ops they have.
+DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
+KERNELS = {"cpu": tuple(OPERATORS), "cuda": (), "triton": ("relu",)}
+# Triton's interpreter takes CPU tensors, slowly: it is for tests, and is used only where it is forced.
+FORCED_DEVICES = {**DEVICES, "triton": (*DEVICES["triton"], "cpu")}
+
+CUDA_OFF = "this build has no CUDA kernels"
+
+
+def why_off(backend: str, op: str, device_type: str) -> str | None:
+    """Why the kernels of ``backend`` cannot serve ``op`` on tensors of ``device_type``; None if they can."""
+    if op not in KERNELS[backend]:
+        return "it has no kernel of this op"
+    if device_type not in FORCED_DEVICES[backend]:
+        return f"it has no kernels for {device_type} tensors"
+    if backend == "cuda":
+        return CUDA_OFF
+    return triton.why_off(device_type) if backend == "triton" else None
+
+
+# ---- the choice ----
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
-_forced: ContextVar[str | None] = ContextVar("fastnn_backend", default=None)
 _logged: set[tuple[str, str]] = set()
+_choices: dict[tuple[str, str, str | None], tuple[str, str]] = {}
+
+
+def _checked(name: object, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}{name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    return str(name)
+
+
+_of_process = os.environ.get("FASTNN_BACKEND") or None
+_forced: ContextVar[str | None] = ContextVar(
+    "fastnn_backend", default=_of_process and _checked(_of_process, "FASTNN_BACKEND is ")
+)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Force the implementation of every fastnn call inside the ``with`` block (of this thread or task).
 
+    The backward pass of such a call runs on the same implementation, wherever it is called. ``FASTNN_BACKEND`` forces
+    one for a whole process.
+
     Args:
-        name: ``'cpu'`` for the compiled CPU kernels or ``'torch'`` for native PyTorch. A call the forced kernels do not
-            cover still gives the native result.
+        name: ``'cpu'`` or ``'cuda'`` for the compiled kernels, ``'triton'``, or ``'torch'`` for native PyTorch. A call
+            that the forced kernels do not cover gives the native result. ``'triton'`` on CPU tensors is Triton's
+            interpreter, and needs ``TRITON_INTERPRET=1`` in the environment.
 
     Raises:
         ValueError: ``name`` is none of these.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend() got name={name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    token = _forced.set(_checked(name, "backend() got name="))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The backend forced here, if one is."""
+    return _forced.get()
+
+
+@contextmanager
+def forced_to(name: str | None) -> Iterator[None]:
+    """Force what :func:`forced` returned elsewhere."""
     token = _forced.set(name)
     try:
         yield
@@ -54,18 +119,47 @@ def log_once(op: str, reason: str) -> None:
         logger.debug("%s: native torch, because %s", op, reason)
 
 
-def _why_not(tensor: object, dtype: torch.dtype | None) -> str:
-    if not isinstance(tensor, Tensor):
-        return "an argument is no tensor"
-    if type(tensor) not in _PLAIN_TYPES:
-        return f"of a {type(tensor).__name__} argument"
-    if tensor.dtype not in KERNEL_DTYPES:
-        return f"dtype {tensor.dtype} has no kernel"
-    if not tensor.is_cpu:
-        return f"device {tensor.device.type} has no kernel"
-    if tensor.layout is not torch.strided:
-        return f"layout {tensor.layout} has no kernel"
-    return f"dtypes {dtype} and {tensor.dtype} are mixed"
+def choice(call: str, device_type: str) -> tuple[str, str]:
+    """The backend that serves ``call`` on tensors of ``device_type``, and why none but ``'torch'`` does."""
+    name = forced()
+    key = (call, device_type, name)
+    if key not in _choices:
+        op = next(op for op in OPERATORS if call.startswith(op))  # conv2d_relu is one of conv2d's
+        candidates = [b for b in KERNELS if device_type in DEVICES[b]] if name is None else [name]
+        _choices[key] = "torch", "" if name == "torch" else f"device {device_type} has no kernel"
+        reasons = {b: why_off(b, op, device_type) for b in candidates if b != "torch"}
+        if reasons:
+            _choices[key] = "torch", "; ".join(f"{b} is off: {reason}" for b, reason in reasons.items())
+        for candidate, reason in reasons.items():
+            if reason is None:
+                _choices[key] = candidate, ""
+                break
+    return _choices[key]
+
+
+def _device_type(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Where the tensors of a call are; None, logged, if no kernel takes them, wherever they are."""
+    first: Tensor | None = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            log_once(op, "an argument is no tensor")
+        elif type(tensor) not in _PLAIN_TYPES:
+            log_once(op, f"of a {type(tensor).__name__} argument")
+        elif tensor.dtype not in KERNEL_DTYPES:
+            log_once(op, f"dtype {tensor.dtype} has no kernel")
+        elif tensor.layout is not torch.strided:
+            log_once(op, f"layout {tensor.layout} has no kernel")
+        elif first is not None and tensor.device != first.device:
+            log_once(op, f"devices {first.device} and {tensor.device} are mixed")
+        elif first is not None and tensor.dtype is not first.dtype:
+            log_once(op, f"dtypes {first.dtype} and {tensor.dtype} are mixed")
+        else:
+            first = first if first is not None else tensor
+            continue
+        return None
+    return "cpu" if first is None else first.device.type
 
 
 def use_kernels(op: str, *tensors: Tensor | None) -> bool:
@@ -74,8 +168,9 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
     False sends the call to native torch: another dtype (or mixed ones), device, layout or tensor subclass, a
     torch.func transform, forward-mode AD, or ``backend('torch')``.
     """
+    device_type = "cpu"
     dtype: torch.dtype | None = None
-    for tensor in tensors:  # in every call of every operator: one test an argument, the reasons only where it fails
+    for tensor in tensors:  # in every call of every operator: one test a CPU tensor, the rest only where it fails
         if tensor is None:
             continue
         if (
@@ -86,10 +181,16 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
         ):
             dtype = tensor.dtype
             continue
-        log_once(op, _why_not(tensor, dtype))
-        return False
-    if _forced.get() == "torch":
-        return False
+        if (elsewhere := _device_type(op, tensors)) is None:
+            return False
+        device_type = elsewhere
+        break
+    if _forced.get() is not None or device_type != "cpu":  # else the CPU's kernels, which are always there
+        backend, reason = choice(op, device_type)
+        if backend == "torch":
+            if reason:
+                log_once(op, reason)
+            return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         log_once(op, "of a torch.func transform")
         return False
@@ -97,3 +198,39 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
         log_once(op, "of forward-mode AD")
         return False
     return True
+
+
+# ---- the implementation ----
+
+_operators: dict[str, Callable[..., Any]] = {}
+
+
+def kernel(operator: str) -> Callable[..., Any]:
+    """What computes ``torch.ops.fastnn.<operator>`` in this call: what is registered for the tensors' device, or
+    Triton's function where that is forced, unless a TorchDispatchMode has to see the operator."""
+    if _forced.get() == "triton" and torch._C._len_torch_dispatch_stack() == 0:
+        return triton.function(operator)
+    return _operators[operator]
+
+
+def _register() -> None:
+    """Triton's functions for the devices that have no compiled kernels; nothing of Triton is loaded by this."""
+
+    def loading(operator: str) -> Callable[..., Any]:
+        def load_and_call(*args: Any) -> Any:
+            tensor = next(t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor))
+            if reason := triton.why_off(tensor.device.type):
+                raise NotImplementedError(f"fastnn::{operator}: no compiled kernels, and triton is off: {reason}")
+            return triton.function(operator)(*args)
+
+        return load_and_call
+
+    for op, operators in OPERATORS.items():
+        for operator in operators:
+            _operators[operator] = getattr(torch.ops.fastnn, operator).default
+            for device_type in DEVICES["triton"]:
+                if op in KERNELS["triton"] and why_off("cuda", op, device_type) is not None:
+                    torch.library.impl(f"fastnn::{operator}", device_type, loading(operator))
+
+
+_register()

@@ -1,14 +1,21 @@
 """Every test of an operator runs once per implementation this machine has: the ``backend`` fixture."""
 
+import contextlib
+import importlib.util
 import logging
+import os
 
 import hypothesis
 import pytest
 import torch
 import torch.testing._internal.common_utils  # loads a hypothesis profile of its own: before ours
 
-import fastnn
-from fastnn import _C
+GPU = torch.accelerator.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton's kernels are defined, that is when a test first needs them
+
+import fastnn  # noqa: E402
+from fastnn import _C  # noqa: E402
 
 # The same examples every time; `pytest --hypothesis-profile=explore` looks for new ones. The backend fixture may serve
 # all the examples of one test.
@@ -17,23 +24,63 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, s
 hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=_CHECKS, print_blob=True)
 hypothesis.settings.load_profile("fixed")
 
+INTERPRETED_EXAMPLES = 8
 BACKENDS = [f"cpu-{isa}" for isa in _C.available_isas()]
+if importlib.util.find_spec("triton"):
+    BACKENDS.append("triton")
+if "triton" in BACKENDS and not GPU:
+    import triton_interpreter
+
+    triton_interpreter.repair()
+
+
+def is_interpreted(item):
+    """Triton's interpreter takes some 2 ms a kernel and 1 ms a program of its grid: fewer examples, derivatives along
+    random directions instead of every one, and none of the cases marked as big."""
+    return not GPU and getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_interpreted(item) and item.get_closest_marker("big"):
+            item.add_marker(pytest.mark.skip(reason="big: minutes in Triton's interpreter"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with pytest.MonkeyPatch.context() as patch:
+        if is_interpreted(item):
+            for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+                patch.setitem(check.__kwdefaults__, "fast_mode", True)
+            if hypothesis.is_hypothesis_test(item.obj):
+                settings = item.obj._hypothesis_internal_use_settings
+                fewer = hypothesis.settings(settings, max_examples=min(INTERPRETED_EXAMPLES, settings.max_examples))
+                patch.setattr(item.obj, "_hypothesis_internal_use_settings", fewer)
+        return (yield)
+
+
+def where_it_runs(name):
+    """What makes a test's tensors, and its raw torch.ops.fastnn calls, go to the backend."""
+    if name != "triton":
+        return contextlib.nullcontext()
+    return torch.device(torch.accelerator.current_accelerator()) if GPU else triton_interpreter.as_cpu_kernels()
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Forces one implementation ('cpu-avx2', ...) for the test, and fails it if a call goes to native torch."""
-    device, isa = request.param.split("-")
+    name, _, isa = request.param.partition("-")
     before = _C.isa()
-    _C.set_isa(isa)
+    if isa:
+        _C.set_isa(isa)
     fallbacks = []
     handler = logging.Handler()
-    handler.emit = lambda record: fallbacks.append(record.getMessage())
+    handler.emit = lambda record: "no kernel of this op" in record.getMessage() or fallbacks.append(record.getMessage())
     fastnn.dispatch._logged.clear()
     fastnn.dispatch.logger.addHandler(handler)
     level = fastnn.dispatch.logger.level
     fastnn.dispatch.logger.setLevel(logging.DEBUG)
-    with fastnn.backend(device):
+    with fastnn.backend(name), where_it_runs(name):
         yield request.param
     fastnn.dispatch.logger.setLevel(level)
     fastnn.dispatch.logger.removeHandler(handler)

@@ -24,6 +24,7 @@ from reference import (
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as native
+from wheel import module_info, older_module_tests, op_info, raised
 
 import fastnn
 import fastnn.nn.functional as F
@@ -547,17 +548,10 @@ def test_output_layout_is_natives(backend, input_layout, weight_layout, groups):
 # ---- the samples inside the torch wheel ----
 
 
-def wheel_samples(dtype: torch.dtype, requires_grad: bool) -> list[Any]:
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    (info,) = (op for op in op_db if op.name == "nn.functional.conv2d")
-    return list(info.sample_inputs("cpu", dtype, requires_grad=requires_grad))
-
-
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_wheel_samples(backend, op, dtype):
-    samples = wheel_samples(dtype, requires_grad=False)
+    samples = list(op_info("conv2d").sample_inputs("cpu", dtype))
     assert len(samples) >= 30
     for sample in samples:
         inputs = (sample.input, *sample.args)
@@ -583,7 +577,7 @@ def test_wheel_samples(backend, op, dtype):
 @pytest.mark.expects_native
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.complex128], ids=str)
 def test_wheel_samples_without_a_kernel(backend, dtype):
-    for sample in wheel_samples(dtype, requires_grad=dtype.is_complex):
+    for sample in op_info("conv2d").sample_inputs("cpu", dtype, requires_grad=dtype.is_complex):
         exact = native.conv2d(sample.input, *sample.args, **sample.kwargs)
         ours = F.conv2d(sample.input, *sample.args, **sample.kwargs)
         assert_same(ours, exact, "output")
@@ -597,20 +591,9 @@ def test_wheel_samples_without_a_kernel(backend, dtype):
                 torch.testing.assert_close(o, e)
 
 
-def raised(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[type[BaseException], str]:
-    try:
-        function(*args, **kwargs)
-    except Exception as exception:
-        return type(exception), str(exception)
-    raise AssertionError("nothing was raised")
-
-
 @pytest.mark.expects_native
 def test_wheel_error_inputs(backend):
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    (info,) = (op for op in op_db if op.name == "nn.functional.conv2d")
-    errors = list(info.error_inputs("cpu"))
+    errors = list(op_info("conv2d").error_inputs("cpu"))
     assert len(errors) >= 10
     for case in errors:
         sample = case.sample_input
@@ -699,18 +682,15 @@ def test_a_large_pool_window(backend):
 
 def module_samples() -> list[Any]:
     """Every nn.Conv2d of torch's own module tests, as (constructor arguments, input shape)."""
-    from torch.testing._internal.common_modules import module_db
-    from torch.testing._internal.common_nn import get_new_module_tests, module_tests
-
     samples = []
-    (info,) = (m for m in module_db if m.name == "nn.Conv2d")
+    info = module_info("Conv2d")
     for m in info.module_inputs_func(info, "cpu", torch.float64, requires_grad=False, training=True):
         args, kwargs = m.constructor_input.args, m.constructor_input.kwargs
         samples.append(((args, kwargs), tuple(m.forward_input.args[0].shape)))
-    for test in [*module_tests, *get_new_module_tests()]:
-        if test.get("module_name") == "Conv2d":
+    for test in older_module_tests("Conv2d"):
+        if "constructor_args" in test:
             samples.append(((test["constructor_args"], {}), test["input_size"]))
-        elif test.get("fullname", "").startswith("Conv2d_"):
+        else:
             module = test["constructor"]()
             names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
             samples.append((((), {name: getattr(module, name) for name in names}), test["input_size"]))

@@ -10,8 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as native
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
+from wheel import module_info, op_info
 
 import fastnn.nn as fnn
 import fastnn.nn.functional as F
@@ -401,7 +400,7 @@ def outcome(call):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opinfo_samples(backend, dtype):
-    info = next(info for info in op_db if info.name == "nn.functional.cross_entropy")
+    info = op_info("cross_entropy")
     count = 0
     for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
         target = sample.args[0]
@@ -414,7 +413,7 @@ def test_opinfo_samples(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_moduleinfo_samples(backend, dtype):
-    info = next(info for info in module_db if info.module_cls is torch.nn.CrossEntropyLoss)
+    info = module_info("CrossEntropyLoss")
     inputs = info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=True)
     assert len(inputs) > 50
     for sample in inputs:
@@ -434,7 +433,7 @@ def test_moduleinfo_samples(backend, dtype):
 
 @pytest.mark.expects_native
 def test_moduleinfo_errors(backend):
-    info = next(info for info in module_db if info.module_cls is torch.nn.CrossEntropyLoss)
+    info = module_info("CrossEntropyLoss")
     errors = info.module_error_inputs_func(info, "cpu", torch.float32, requires_grad=True, training=True)
     assert errors
     for error in errors:

@@ -108,12 +108,24 @@ def _conv_geometry(
         return None
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_channels):
         return None
-    if any(input.shape[d - 2] + pads[d] + pads[d + 2] <= dilations[d] * (kernel[d] - 1) for d in range(2)):
+    if min(_ops.conv2d.output_size(input, weight, strides, pads, dilations)) < 1:
         return None
     if strides[0] * strides[1] > MAX_CONV2D_PHASES:
         log_once(op, f"stride {tuple(strides)} is larger than the kernels take")
         return None
     return strides, pads, dilations, groups
+
+
+def _conv2d(op: str, relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    """``conv2d`` or, with ``relu``, ``conv2d_relu``; ``options`` from stride on."""
+    input, weight, bias = _autocast(input, weight, bias)
+    geometry = _conv_geometry(op, input, weight, bias, *options)
+    if geometry is None:
+        result = native.conv2d(input, weight, bias, *options)
+        return native.relu(result) if relu else result
+    if input.dim() == 4:
+        return _ops.conv2d.conv2d(input, weight, bias, *geometry, relu)
+    return _ops.conv2d.conv2d(input.unsqueeze(0), weight, bias, *geometry, relu).squeeze(0)
 
 
 def conv2d(
@@ -141,11 +153,7 @@ def conv2d(
     Raises:
         RuntimeError: shapes that do not fit together, as torch raises it.
     """
-    input, weight, bias = _autocast(input, weight, bias)
-    geometry = _conv_geometry("conv2d", input, weight, bias, stride, padding, dilation, groups)
-    if geometry is None:
-        return native.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return _conv2d(input, weight, bias, geometry, relu=False)
+    return _conv2d("conv2d", False, input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv2d_relu(
@@ -158,17 +166,7 @@ def conv2d_relu(
     groups: int = 1,
 ) -> Tensor:
     """``relu(conv2d(...))`` in one pass; arguments and errors of :func:`conv2d`."""
-    input, weight, bias = _autocast(input, weight, bias)
-    geometry = _conv_geometry("conv2d_relu", input, weight, bias, stride, padding, dilation, groups)
-    if geometry is None:
-        return native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))
-    return _conv2d(input, weight, bias, geometry, relu=True)
-
-
-def _conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any, relu: bool) -> Tensor:
-    if input.dim() == 4:
-        return _ops.conv2d.conv2d(input, weight, bias, *geometry, relu)
-    return _ops.conv2d.conv2d(input.unsqueeze(0), weight, bias, *geometry, relu).squeeze(0)
+    return _conv2d("conv2d_relu", True, input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv2d_relu_max_pool2d(
@@ -198,12 +196,7 @@ def conv2d_relu_max_pool2d(
     window = _pair(pool_kernel_size)
     step = window if pool_stride is None else _pair(pool_stride)
     if geometry is not None and window is not None and step is not None and min(window + step) > 0:
-        strides, pads, dilations, _ = geometry
-        size = [
-            (input.shape[d - 2] + pads[d] + pads[d + 2] - dilations[d] * (weight.shape[d + 2] - 1) - 1) // strides[d]
-            + 1
-            for d in range(2)
-        ]
+        size = _ops.conv2d.output_size(input, weight, *geometry[:3])
         if window[0] <= size[0] and window[1] <= size[1] and window[0] * window[1] < 255:
             batch = input if input.dim() == 4 else input.unsqueeze(0)
             output, _ = _ops.conv2d.conv2d_relu_max_pool2d(batch, weight, bias, *geometry, window, step)

@@ -7,13 +7,49 @@ pair of ``setup_context`` and ``backward``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fastnn.dispatch import forced, forced_to, kernel
+
 # Inside it a call goes straight to the device's kernel, past the Python rule that `differentiable` registers.
 BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+
+def run(operator: str, *args: Any) -> Any:
+    """The operator's implementation of this call, below autograd."""
+    with BelowAutograd():
+        return kernel(operator)(*args)
+
+
+class Function(torch.autograd.Function):
+    """One whose backward runs on the backend that forward was forced to, wherever it is called: autograd has threads of
+    its own for GPUs."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.backend = forced()
+            own_setup_context(ctx, inputs, output)
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            name = getattr(ctx, "backend", None)
+            if name == forced():
+                return own_backward(ctx, *grads)
+            with forced_to(name):
+                return own_backward(ctx, *grads)
+
+        own = vars(cls)
+        if "setup_context" in own:
+            own_setup_context = cls.setup_context
+            cls.setup_context = staticmethod(functools.wraps(own_setup_context)(setup_context))  # type: ignore[method-assign]
+        if "backward" in own:
+            own_backward = cls.backward
+            cls.backward = staticmethod(functools.wraps(own_backward)(backward))  # type: ignore[method-assign]
 
 
 def needs_grad(*args: Any) -> bool:
@@ -25,11 +61,11 @@ def needs_grad(*args: Any) -> bool:
 
 
 def differentiable(
-    name: str, function: type[torch.autograd.Function], setup_context: Callable[..., None] | None = None
+    name: str, function: type[Function], setup_context: Callable[..., None] | None = None
 ) -> Callable[..., Any]:
     """Makes ``torch.ops.fastnn.<name>`` differentiable by ``function`` and returns the fast way to call it.
 
-    ``function`` takes the operator's own arguments, positionally; its ``forward`` runs the operator ``BelowAutograd``.
+    ``function`` takes the operator's own arguments, positionally; its ``forward`` has to ``run`` the operator.
     ``setup_context`` is the operator's own where ``function`` does not return, as an output, all that it saves.
     """
     op = getattr(torch.ops.fastnn, name).default
@@ -44,7 +80,7 @@ def differentiable(
         if needs_grad(*args):
             return apply(*args)
         with BelowAutograd():
-            return op(*args)
+            return kernel(name)(*args)
 
     call.__name__ = call.__qualname__ = name
     return call
@@ -68,8 +104,7 @@ def not_differentiable(name: str) -> Callable[..., Any]:
     torch.library.impl(f"fastnn::{name}", "Autograd", raise_if_recorded)
 
     def call(*args: Any) -> Any:
-        with BelowAutograd():
-            return op(*args)
+        return run(name, *args)
 
     call.__name__ = call.__qualname__ = name
     return call

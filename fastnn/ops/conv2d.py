@@ -7,21 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn import dispatch as dispatch  # registers the operators
-from fastnn.ops.autograd import BelowAutograd, differentiable
+from fastnn.ops.autograd import Function, differentiable, run
 from fastnn.ops.relu import relu_backward
 
 Ints = list[int]
 
 
-def _output_size(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
-    """Sizes of the convolution's result; padding is (top, left, bottom, right)."""
-    spatial = [
-        (input.shape[2 + d] + padding[d] + padding[2 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d]
-        + 1
-        for d in range(2)
+def output_size(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
+    """Height and width of the convolution's result; padding is (top, left, bottom, right)."""
+    sizes, kernel = input.shape[-2:], weight.shape[-2:]
+    return [
+        (sizes[d] + padding[d] + padding[d + 2] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)
     ]
-    return [input.shape[0], weight.shape[0], *spatial]
 
 
 def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
@@ -40,8 +37,8 @@ def _conv2d_fake(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    size = _output_size(input, weight, stride, padding, dilation)
-    return input.new_empty(size).to(memory_format=_memory_format(input, weight))
+    size = output_size(input, weight, stride, padding, dilation)
+    return input.new_empty([input.shape[0], weight.shape[0], *size]).to(memory_format=_memory_format(input, weight))
 
 
 @torch.library.register_fake("fastnn::conv2d_relu_max_pool2d")
@@ -56,9 +53,9 @@ def _conv2d_relu_max_pool2d_fake(
     pool_kernel_size: Ints,
     pool_stride: Ints,
 ) -> tuple[Tensor, Tensor]:
-    size = _output_size(input, weight, stride, padding, dilation)
-    size[2:] = [(size[2 + d] - pool_kernel_size[d]) // pool_stride[d] + 1 for d in range(2)]
-    output = input.new_empty(size).to(memory_format=_memory_format(input, weight))
+    size = output_size(input, weight, stride, padding, dilation)
+    pooled = [(size[d] - pool_kernel_size[d]) // pool_stride[d] + 1 for d in range(2)]
+    output = input.new_empty([input.shape[0], weight.shape[0], *pooled]).to(memory_format=_memory_format(input, weight))
     return output, torch.empty_like(output, dtype=torch.uint8)
 
 
@@ -85,13 +82,12 @@ def _conv2d_backward_fake(
     )
 
 
-class Conv2dBackward(torch.autograd.Function):
+class Conv2dBackward(Function):
     """The gradients of input, weight and bias: bilinear, so their own gradients are convolutions again."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with BelowAutograd():
-            return torch.ops.fastnn.conv2d_backward.default(*args)
+        return run("conv2d_backward", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -161,10 +157,10 @@ def _unmask(
         return relu_backward(grad_output, relu_output)
     if code is None:
         return grad_output
-    size = _output_size(input, weight, *geometry[:3])
-    index, alive = _pool_index(code, size[3], pool)
-    zeros = grad_output.new_zeros([size[0], size[1], size[2] * size[3]])
-    return zeros.scatter_add(2, index, (grad_output * alive).flatten(2)).view(size)
+    size = output_size(input, weight, *geometry[:3])
+    index, alive = _pool_index(code, size[1], pool)
+    zeros = grad_output.new_zeros([*grad_output.shape[:2], size[0] * size[1]])
+    return zeros.scatter_add(2, index, (grad_output * alive).flatten(2)).unflatten(2, size)
 
 
 def _mask(grad: Tensor, relu_output: Tensor | None, code: Tensor | None, pool: tuple[Ints, Ints]) -> Tensor:
@@ -177,13 +173,12 @@ def _mask(grad: Tensor, relu_output: Tensor | None, code: Tensor | None, pool: t
     return grad.flatten(2).gather(2, index).view(code.shape) * alive
 
 
-class Conv2d(torch.autograd.Function):
+class Conv2d(Function):
     """``fastnn::conv2d``; saves input and weight, and where ReLU is fused its result."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        with BelowAutograd():
-            return torch.ops.fastnn.conv2d.default(*args)
+        return run("conv2d", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -198,13 +193,12 @@ class Conv2d(torch.autograd.Function):
         return (*grads, *[None] * 5)
 
 
-class Conv2dReLUMaxPool2d(torch.autograd.Function):
+class Conv2dReLUMaxPool2d(Function):
     """``fastnn::conv2d_relu_max_pool2d``; saves input, weight and one byte a pooled element."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        with BelowAutograd():
-            return torch.ops.fastnn.conv2d_relu_max_pool2d.default(*args)
+        return run("conv2d_relu_max_pool2d", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

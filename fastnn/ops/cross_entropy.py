@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn import dispatch as dispatch  # registers the operators
-from fastnn.ops.autograd import BelowAutograd, differentiable
+from fastnn.dispatch import forced
+from fastnn.ops.autograd import Function, differentiable, run
 
 
 def _class_dim(input: Tensor) -> int:
@@ -32,13 +32,12 @@ def _fake_backward(grad_output: Tensor, input: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(input)
 
 
-class CrossEntropyBackward(torch.autograd.Function):
+class CrossEntropyBackward(Function):
     """The gradient of the logits. Its own gradient is torch's: right, and not meant to be fast."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        with BelowAutograd():
-            return torch.ops.fastnn.cross_entropy_backward.default(*args)
+        return run("cross_entropy_backward", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -63,14 +62,14 @@ class CrossEntropyBackward(torch.autograd.Function):
         return *(next(found) if n else None for n in needed), *[None] * 5
 
 
-class CrossEntropy(torch.autograd.Function):
+class CrossEntropy(Function):
     """The loss alone: the statistics stay behind, which costs less than one more output."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        with BelowAutograd():
-            output: Tensor
-            output, stats = torch.ops.fastnn.cross_entropy.default(*args)
+        output: Tensor
+        output, stats = run("cross_entropy", *args)
+        ctx.backend = forced()
         input, target, weight, *ctx.options = args
         ctx.save_for_backward(input, target, weight, stats)
         return output

@@ -7,21 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn import dispatch as dispatch  # registers the operators
-from fastnn.ops.autograd import BelowAutograd, differentiable, needs_grad, not_differentiable
+from fastnn.ops.autograd import Function, differentiable, needs_grad, not_differentiable, run
 
 torch.library.register_fake("fastnn::relu", torch.empty_like)
 torch.library.register_fake("fastnn::relu_", lambda self: None)
 torch.library.register_fake("fastnn::relu_backward", lambda grad_output, result: torch.empty_like(result))
 
 
-class ReLUBackward(torch.autograd.Function):
+class ReLUBackward(Function):
     """grad_output where not (result <= 0), else 0: linear in grad_output, so its own gradient is itself."""
 
     @staticmethod
     def forward(grad_output: Tensor, result: Tensor) -> Tensor:
-        with BelowAutograd():
-            return torch.ops.fastnn.relu_backward.default(grad_output, result)
+        return run("relu_backward", grad_output, result)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -33,11 +31,10 @@ class ReLUBackward(torch.autograd.Function):
         return relu_backward(grad, result), None
 
 
-class ReLU(torch.autograd.Function):
+class ReLU(Function):
     @staticmethod
     def forward(input: Tensor) -> Tensor:
-        with BelowAutograd():
-            return torch.ops.fastnn.relu.default(input)
+        return run("relu", input)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as native_sgd
 
-from fastnn.dispatch import _C, log_once
-from fastnn.optim.step import kernels_wanted, native_step, params_and_grads, states_of, updated
+from fastnn.dispatch import _C
+from fastnn.optim.step import FusedStep, states_of, updated
 
 
-class SGD(torch.optim.SGD):
+class SGD(FusedStep, torch.optim.SGD):
     """As :class:`torch.optim.SGD`: the same arguments, errors and ``state_dict``, interchangeable mid-training, and one
     keyword more.
 
@@ -35,6 +34,9 @@ class SGD(torch.optim.SGD):
     Raises:
         ValueError, TypeError, RuntimeError: what :class:`torch.optim.SGD` raises.
     """
+
+    _op = "sgd"
+    _native = torch.optim.SGD
 
     def __init__(
         self,
@@ -73,65 +75,44 @@ class SGD(torch.optim.SGD):
         for group in self.param_groups:
             group.setdefault("lr_in_velocity", False)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. ``closure`` reevaluates the model and returns the loss, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if self._fused_step(group):
-                continue
-            if group["lr_in_velocity"]:
-                self._native_step_with_lr_in_velocity(group)
-            else:
-                native_step(torch.optim.SGD, self, group)
-        return loss
-
-    def _fused_step(self, group: dict[str, Any]) -> bool:
-        if not kernels_wanted("sgd"):
-            return False
-        if group["differentiable"]:
-            log_once("sgd", "of differentiable")
-            return False
-        params, grads = params_and_grads(group)
-        if not params:
-            return True
-        skipped = bool(getattr(self, "found_inf", None) or 0)  # any number but 0
-        if group["momentum"] == 0:
-            return skipped or self._update(group, params, grads, [], [])
-        states = states_of(self, params)
-        buffers = [s.get("momentum_buffer") for s in states]
-        first_steps = [i for i, b in enumerate(buffers) if b is None]
+    def _update(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], skipped: bool, grad_scale: float | None
+    ) -> bool:
+        buffers: list[Tensor | None] = []
+        first_steps: list[int] = []
+        if group["momentum"] != 0:
+            states = states_of(self, params)
+            buffers = [s.get("momentum_buffer") for s in states]
+            first_steps = [i for i, b in enumerate(buffers) if b is None]
         if not skipped:
             for i in first_steps:
                 buffers[i] = torch.empty_like(params[i])
-            if not self._update(group, params, grads, buffers, first_steps):
+            if not updated(
+                "sgd",
+                _C.sgd_,
+                params,
+                grads,
+                buffers,
+                first_steps,
+                float(group["lr"]),
+                float(group["momentum"]),
+                float(group["dampening"]),
+                float(group["weight_decay"]),
+                bool(group["nesterov"]),
+                bool(group["maximize"]),
+                bool(group["lr_in_velocity"]),
+                grad_scale,
+            ):
                 return False
         for i in first_steps:
-            self.state[params[i]]["momentum_buffer"] = None if skipped else buffers[i]
+            self.state[params[i]]["momentum_buffer"] = buffers[i]
         return True
 
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Any], first: list[int]
-    ) -> bool:
-        grad_scale = getattr(self, "grad_scale", None)
-        return updated(
-            "sgd",
-            _C.sgd_,
-            params,
-            grads,
-            buffers,
-            first,
-            float(group["lr"]),
-            float(group["momentum"]),
-            float(group["dampening"]),
-            float(group["weight_decay"]),
-            bool(group["nesterov"]),
-            bool(group["maximize"]),
-            bool(group["lr_in_velocity"]),
-            None if grad_scale is None else float(grad_scale),
-        )
+    def _native_step(self, group: dict[str, Any]) -> None:
+        if group["lr_in_velocity"]:
+            self._native_step_with_lr_in_velocity(group)
+        else:
+            super()._native_step(group)
 
     def _native_step_with_lr_in_velocity(self, group: dict[str, Any]) -> None:
         """torch's step at lr -1 with every gradient times -lr is v = momentum v - lr g, p = p + v."""

@@ -1,10 +1,10 @@
-"""What the optimizers share: which groups the kernels take, and torch's own step for the others."""
+"""The step that the optimizers share: each group by the kernels, or by torch where these do not take it."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,14 +12,58 @@ from torch import Tensor
 from fastnn.dispatch import _C, log_once, use_kernels
 
 
-def kernels_wanted(op: str) -> bool:
-    """Whether nothing that torch has switched on must see the step: the kernels are called past the dispatcher."""
-    if torch.compiler.is_compiling() or not use_kernels(op):
-        return False
-    if torch._C._len_torch_dispatch_stack() > 0:
-        log_once(op, "of an active TorchDispatchMode")
-        return False
-    return True
+class FusedStep(torch.optim.Optimizer):
+    """The first base of an optimizer on the kernels, before the torch class whose step it replaces."""
+
+    _op: ClassVar[str]
+    _native: ClassVar[type[torch.optim.Optimizer]]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. ``closure`` reevaluates the model and returns the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if not self._fused_step(group):
+                self._native_step(group)
+        return loss
+
+    def _fused_step(self, group: dict[str, Any]) -> bool:
+        """Whether the kernels made the group's step; where not, nothing has changed."""
+        if torch.compiler.is_compiling() or not use_kernels(self._op):
+            return False
+        if torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
+            log_once(self._op, "of an active TorchDispatchMode")
+            return False
+        for option in ("capturable", "differentiable"):
+            if group.get(option):
+                log_once(self._op, f"of {option}=True")
+                return False
+        params, grads = params_and_grads(group)
+        if not params:
+            return True
+        skipped = bool(getattr(self, "found_inf", None) or 0)  # any number but 0
+        grad_scale = getattr(self, "grad_scale", None)
+        return self._update(group, params, grads, skipped, None if grad_scale is None else float(grad_scale))
+
+    def _update(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], skipped: bool, grad_scale: float | None
+    ) -> bool:
+        """`_fused_step` of a group that the kernels may take; ``skipped``: with its state made, but not stepped."""
+        raise NotImplementedError
+
+    def _native_step(self, group: dict[str, Any]) -> None:
+        """torch's own step of one group. The hooks around ``step`` have run already, so they are peeled off."""
+        step: Any = self._native.step
+        if getattr(step, "hooked", False):
+            step = step.__wrapped__
+        groups = self.param_groups
+        self.param_groups = [group]
+        try:
+            step(self)
+        finally:
+            self.param_groups = groups
 
 
 def params_and_grads(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -38,19 +82,6 @@ def states_of(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[di
     if len(state) == len(params) and all(map(operator.is_, state, params)):
         return list(state.values())
     return [state.get(p, {}) for p in params]
-
-
-def native_step(cls: type[torch.optim.Optimizer], optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-    """torch's own step of one group. The hooks around ``step`` have run already, so they are peeled off."""
-    step: Any = cls.step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__
-    groups = optimizer.param_groups
-    optimizer.param_groups = [group]
-    try:
-        step(optimizer)
-    finally:
-        optimizer.param_groups = groups
 
 
 def updated(op: str, kernel: Callable[..., None], *args: Any) -> bool:

@@ -1,0 +1,200 @@
+"""The choice of backend: forced, by default, and where Triton is missing, too old or broken."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import fastnn
+import fastnn.nn.functional as F
+import fastnn.triton
+from fastnn import __main__ as command
+from fastnn import dispatch
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("FASTNN_BACKEND", "TRITON_INTERPRET")}
+    return subprocess.run(
+        [sys.executable, *arguments], env=kept | environment, capture_output=True, text=True, check=False
+    )
+
+
+# ---- the registry ----
+
+
+def test_every_operator_is_in_the_registry():
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::")}
+    assert {f"fastnn::{o}" for operators in dispatch.OPERATORS.values() for o in operators} == registered
+
+
+@pytest.mark.parametrize("op", dispatch.OPERATORS)
+def test_what_the_registry_says_is_there(op):
+    for operator in dispatch.OPERATORS[op]:
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{operator}", "CPU")
+        assert has_kernel == (op in dispatch.KERNELS["cpu"])
+        if op in dispatch.KERNELS["triton"]:
+            for key in ("CUDA", "XPU"):
+                assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{operator}", key)
+
+
+@needs_triton
+@pytest.mark.parametrize("op", dispatch.KERNELS["triton"])
+def test_triton_has_a_function_of_every_operator(op):
+    for operator in dispatch.OPERATORS[op]:
+        assert callable(fastnn.triton.function(operator))
+
+
+# ---- the choice ----
+
+
+@pytest.mark.parametrize(
+    ("forced", "device", "expected"),
+    [
+        (None, "cpu", ("cpu", "")),
+        ("cpu", "cpu", ("cpu", "")),
+        ("torch", "cpu", ("torch", "")),
+        ("cpu", "cuda", ("torch", "cpu is off: it has no kernels for cuda tensors")),
+        ("cuda", "cpu", ("torch", "cuda is off: it has no kernels for cpu tensors")),
+        (None, "mps", ("torch", "device mps has no kernel")),
+        ("triton", "mps", ("torch", "triton is off: it has no kernels for mps tensors")),
+    ],
+)
+def test_choice(monkeypatch, forced, device, expected):
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setitem(dispatch.KERNELS, "cuda", ("relu",))
+    with dispatch.forced_to(forced):
+        assert dispatch.choice("relu", device) == expected
+        assert dispatch.choice("relu", device) == expected
+
+
+@pytest.mark.parametrize(
+    ("off", "expected"),
+    [
+        ({}, ("cuda", "")),
+        ({"cuda": "not built"}, ("triton", "")),
+        ({"cuda": "not built", "triton": "no driver"}, ("torch", "cuda is off: not built; triton is off: no driver")),
+    ],
+)
+def test_compiled_kernels_come_first_then_triton_then_native(monkeypatch, off, expected):
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(dispatch, "why_off", lambda backend, op, device_type: off.get(backend))
+    assert dispatch.choice("conv2d_relu", "cuda") == expected
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_forced_by_the_environment(name):
+    done = python("-c", "import fastnn.dispatch as d; print(d.choice('relu', 'cpu')[0])", FASTNN_BACKEND=name)
+    assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
+
+
+def test_an_unknown_name_in_the_environment_fails_the_import():
+    done = python("-c", "import fastnn", FASTNN_BACKEND="gpu")
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "ValueError: FASTNN_BACKEND is 'gpu', expected one of 'cpu', 'cuda', 'triton', 'torch'"
+
+
+def test_backward_runs_where_forward_was_forced_to(monkeypatch):
+    """Also when another thread calls it, outside the with block."""
+    calls = []
+
+    def function(operator):
+        calls.append(operator)
+        return getattr(torch.ops.fastnn, operator)
+
+    monkeypatch.setattr(fastnn.triton, "function", function)
+    monkeypatch.setitem(dispatch._choices, ("relu", "cpu", "triton"), ("triton", ""))
+    x = torch.randn(5, requires_grad=True)
+    with fastnn.backend("triton"):
+        y = F.relu(x)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(y.sum().backward).result()
+    assert calls == ["relu", "relu_backward"]
+    y = F.relu(x)
+    with fastnn.backend("triton"):
+        y.sum().backward()
+    assert calls == ["relu", "relu_backward"]
+
+
+# ---- Triton that does not work ----
+
+FAKES = {
+    "too old": ("__version__ = '2.1.0'", "triton 2.1.0 is older than 3.2"),
+    "broken": ("raise OSError('libtriton.so: undefined symbol')", "triton does not work here: OSError: libtriton.so"),
+    "no version": ("", "triton does not work here: AttributeError"),
+}
+PROBE = """
+import logging, torch, fastnn, fastnn.nn.functional as F
+logging.basicConfig(format="%(message)s", level=logging.DEBUG)
+with fastnn.backend("triton"):
+    for _ in range(2):
+        assert torch.equal(F.relu(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
+"""
+
+
+@pytest.mark.parametrize("fake", FAKES)
+def test_triton_that_does_not_work_is_off_with_a_reason(tmp_path, fake):
+    source, reason = FAKES[fake]
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(source)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = python("-c", PROBE, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("relu:")]
+    assert line.startswith(f"relu: native torch, because triton is off: {reason}")
+
+
+def test_triton_that_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert fastnn.triton.why_off.__wrapped__("cpu") == "triton is not installed"
+
+
+@needs_triton
+def test_cpu_tensors_need_the_interpreter():
+    done = python("-c", PROBE)
+    assert done.returncode == 0, done.stderr
+    assert "triton is off: CPU tensors need its interpreter, TRITON_INTERPRET=1" in done.stderr
+
+
+# ---- python -m fastnn ----
+
+
+def test_command_for_machines():
+    done = python("-m", "fastnn", "--json", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["torch"] == torch.__version__
+    assert report["support"].keys() == dispatch.OPERATORS.keys()
+    for op, states in report["support"].items():
+        assert states.keys() == dispatch.KERNELS.keys()
+        assert all(state == "available" or state.startswith("off: ") for state in states.values())
+        available = [backend for backend, state in states.items() if state == "available"]
+        assert report["self-test"][op] == dict.fromkeys(available, "as native")
+        assert "cpu" in available
+        if importlib.util.find_spec("triton"):
+            assert ("triton" in available) == (op in dispatch.KERNELS["triton"])
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_command_finds_a_difference(monkeypatch, capsys, as_json):
+    relu = F.relu
+    monkeypatch.setattr(F, "relu", lambda x: relu(x) + (dispatch.forced() == "cpu") * 1e-3)
+    monkeypatch.setattr(sys, "argv", ["fastnn", *["--json"] * as_json])
+    assert command.main() == 1
+    assert "DIFFERS: AssertionError" in capsys.readouterr().out
+
+
+def test_command_reports_a_backend_that_raises(monkeypatch):
+    def raises(draw):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setitem(command.SELF_TEST, "sgd", raises)
+    assert command.self_test("cpu", "sgd") == "DIFFERS: RuntimeError: no such instruction"

@@ -1,0 +1,55 @@
+"""Triton's interpreter as the tests need it: it runs the kernels' source on CPU tensors, wherever there is no GPU."""
+
+import contextlib
+import warnings
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+import fastnn.triton
+from fastnn.dispatch import KERNELS, OPERATORS
+
+
+@contextlib.contextmanager
+def as_cpu_kernels():
+    """Registers Triton's functions as the CPU's, so that raw torch.ops.fastnn calls reach them too."""
+    with torch.library._scoped_library("fastnn", "IMPL") as library, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for op in KERNELS["triton"]:
+            for operator in OPERATORS[op]:
+                library.impl(operator, fastnn.triton.function(operator), "CPU")
+        yield
+
+
+# ---- repairs (Triton 3.9): it rounds float32 to bfloat16 towards zero, and multiplies the bits of bfloat16 in tl.dot.
+# A GPU rounds to nearest, ties to even, and that is what the kernels are written for.
+
+
+def to_float32(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(values):
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def repair():
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast_impl(self, src, dst_type):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return TensorHandle(to_float32(src.data), tl.float32)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return TensorHandle(to_bfloat16(src.data), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    def create_dot(self, a, b, *args):
+        wide = [TensorHandle(to_float32(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)]
+        return dot(self, *wide, *args)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
