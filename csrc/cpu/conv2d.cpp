@@ -1,5 +1,5 @@
 // Glue of fastnn::conv2d, conv2d_relu_max_pool2d and conv2d_backward on the CPU: checks, output allocation, and the
-// plan of a call (how planes are laid out and work is cut); the kernels are in kernels/conv2d_tier.h.
+// plan of a call (how planes are laid out and work is cut); the kernels are in kernels/conv2d*_tier.h.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -266,37 +266,47 @@ bool is_depthwise(const Problem& p) {
 
 constexpr int64_t kDepthwiseRowGrain = 16 * 1024, kPackGrain = 16 * 1024;  // elements a thread takes at the least
 
-// Winograd's convolution wins where there are channels to reduce, and tiles to share the weights' transform among. A
-// block's transformed tiles take half of an L2 cache; at least so many that the weights are not read too often.
-const int64_t kWinogradChannels = (getenv("WC") ? atoi(getenv("WC")) : 16), kWinogradTiles = (getenv("WN") ? atoi(getenv("WN")) : 32);
-const int64_t kWinogradBytes = (getenv("WB") ? atoi(getenv("WB")) : 256) << 10, kWinogradBlock = (getenv("WT") ? atoi(getenv("WT")) : 64);
+// Winograd's convolution wins where there are channels to sum over, and tiles to share the weight's transform. A
+// block's transformed tiles take half of an L2 cache, but are so many that the weight is not read too often.
+constexpr int64_t kWinogradChannels = 16, kWinogradTiles = 32;
+constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
 
-// Runs the problem by Winograd's convolution. False where that is not the kernel for it, or where a result was not
-// finite: the problem is still to be run.
-bool run_winograd(const TapConv& p, DType dtype, const Tensor& weight, const std::array<int64_t, 3>& strides) {
-  const WinogradKernels& kernels = winograd_kernels();
+// Whether p is of Winograd's kind, and large enough: a 3 x 3 window that moves by one, pooled by tiles if at all.
+bool is_winograd(const WinogradConv& w) {
+  const TapConv& p = w.conv;
   const PoolShape& pool = p.result.pool;
-  const bool pooled = p.result.pool_code != nullptr;
+  const bool window =
+      p.num_taps == 9 && p.planes.step_h == 1 && p.planes.step_w == 1 && p.planes.halo_h == 2 && p.planes.halo_w == 2;
+  const bool by_tiles =
+      !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
+  return window && by_tiles && !p.source.pool_code && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
+         std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.tiles() >= kWinogradTiles;
+}
+
+WinogradConv winograd_conv(const TapConv& p) {
   WinogradConv w{};
   w.conv = p;
-  w.tile_rows = pooled ? pool.out_h : ceil_div(p.rows, 2), w.tile_cols = pooled ? pool.out_w : ceil_div(p.cols, 2);
-  const bool window = p.num_taps == 9 && p.planes.step_h == 1 && p.planes.step_w == 1 && p.planes.halo_h == 2 &&
-                      p.planes.halo_w == 2;
-  const bool pool_fits = !pooled || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 &&
-                                     pool.stride_w == 2);
-  const bool layout_fits = p.result.stride.c == 1 || p.result.stride.w == 1;
-  if (!window || !pool_fits || !layout_fits || p.source.pool_code ||
-      std::min(p.group_channels, p.group_results) < kWinogradChannels || w.tiles() < kWinogradTiles)
-    return false;
+  w.tile_rows = p.result.pool_code ? p.result.pool.out_h : ceil_div(p.rows, 2);
+  w.tile_cols = p.result.pool_code ? p.result.pool.out_w : ceil_div(p.cols, 2);
+  return w;
+}
 
+// False where a result was not finite: then none may be used.
+bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std::array<int64_t, 3>& strides) {
+  const WinogradKernels& kernels = winograd_kernels();
+  const TapConv& p = w.conv;
   const int64_t element = accumulator_size(dtype), width = kernels.gemm_results[element == 4];
-  const int64_t threads = torch::stable::get_num_threads();
   const int64_t fit = std::max(kWinogradBlock, kWinogradBytes / (kWinogradProducts * p.group_channels * element));
-  const int64_t blocks = std::max(ceil_div(w.tiles(), fit), ceil_div(2 * threads, p.groups));
+  const int64_t blocks = ceil_div(w.tiles(), fit);
   w.block_tiles = ceil_div(ceil_div(w.tiles(), blocks), kernels.gemm_tiles) * kernels.gemm_tiles;
+  // Too few blocks for the threads: they share a block's result channels.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t splits = threads == 1 ? 1 : ceil_div(2 * threads, blocks * p.groups);
   w.group_runs = ceil_div(p.group_results, width);
+  w.block_runs = ceil_div(w.group_runs, splits);
   w.run_product = (ceil_div(p.group_channels * width, 16) | 1) * 16;  // an odd number of cache lines: see set_block
   w.scratch = kernels.scratch[dtype](w);
+
   const int64_t runs = p.groups * w.group_runs, run_size = kWinogradProducts * w.run_product;
   const Scratch<char> packed(runs * run_size * element);
   w.conv.weight = packed.get();
@@ -310,7 +320,6 @@ bool run_winograd(const TapConv& p, DType dtype, const Tensor& weight, const std
   return finite;
 }
 
-
 // Packs the weight (strides: of group, result channel, reduced channel) and runs the problem.
 void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
   const ConvKernels& kernels = conv_kernels();
@@ -323,7 +332,8 @@ void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t,
                                 [&](int64_t begin, int64_t end) { depthwise_kernels().run[dtype](p, begin, end); });
     return;
   }
-  if (!getenv("NOW") && run_winograd(p, dtype, weight, strides)) return;
+  WinogradConv winograd = winograd_conv(p);
+  if (is_winograd(winograd) && run_winograd(winograd, dtype, weight, strides)) return;
   plan(p, element, kernels.lanes[element == 4], kernels.tile_results);
   const Scratch<char> packed(p.groups * p.group_results * p.group_channels * p.num_taps * element);
   const int64_t blocks = p.groups * ceil_div(p.group_results, kernels.tile_results);

@@ -13,12 +13,14 @@ struct WinogradConv {
   TapConv conv;                  // its planes give the geometry only, its weight is packed by pack_weight below
   int64_t tile_rows, tile_cols;  // of an image
   int64_t block_tiles;           // a task's tiles, at most; a multiple of gemm_tiles
-  int64_t group_runs;            // runs of gemm_results result channels in a group
+  int64_t group_runs;            // runs of gemm_results result channels in a group ...
+  int64_t block_runs;            // ... and in a task, at most
   int64_t run_product;           // elements of a run's weights for one product
   int64_t scratch;               // bytes a thread needs
 
   int64_t tiles() const { return conv.batch * tile_rows * tile_cols; }
-  int64_t tasks() const { return conv.groups * ((tiles() + block_tiles - 1) / block_tiles); }
+  int64_t splits() const { return (group_runs + block_runs - 1) / block_runs; }
+  int64_t tasks() const { return (tiles() + block_tiles - 1) / block_tiles * conv.groups * splits(); }
 };
 
 struct WinogradKernels {

@@ -1,7 +1,7 @@
 // Winograd's F(2x2, 3x3): out = A^T [(G g G^T) * (B^T d B)] A, summed over the source channels between the brackets. A
 // tile of 2 x 2 results takes 16 multiplications a channel pair instead of 36.
 //
-// Per task = (block of tiles, group of channels):
+// Per task = (block of tiles, group of channels, some of its result channels):
 //   1. input   four source rows at a time are packed as vectors of channels (here end the source's layout, its padding
 //              and its ReLU mask), and every tile's B^T d B is written to products[16][tile][channel].
 //   2. GEMMs   sixteen of them, tiles x source channels x result channels: kGemmTiles tiles x kGemmVectors vectors of
@@ -63,15 +63,20 @@ FASTNN_INLINE TileRun tile_run(const WinogradConv& w, int64_t tile, int64_t end)
 
 // ---- input ----
 
-// `cols` pixels of a row as vectors of `lanes` channels.
+// `cols` pixels of a row as vectors of `lanes` channels. What lies `ahead` is prefetched: a run reads less of a row
+// than a hardware prefetcher needs to see.
 template <class T>
-FASTNN_INLINE void read_pixels(const T* p, int64_t stride_c, int64_t stride_w, int lanes, int cols,
+FASTNN_INLINE void read_pixels(const T* p, int64_t stride_c, int64_t stride_w, int lanes, int cols, int64_t ahead,
                                Vec<Accumulator<T>>* out) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   if (stride_c == 1) {
-    for (int j = 0; j < cols; ++j) out[j] = lanes == L ? load(p + j * stride_w) : load_n(p + j * stride_w, lanes);
+    for (int j = 0; j < cols; ++j) {
+      __builtin_prefetch(p + j * stride_w + ahead);
+      out[j] = lanes == L ? load(p + j * stride_w) : load_n(p + j * stride_w, lanes);
+    }
   } else if (stride_w == 1) {
+    for (int i = 0; i < lanes; ++i) __builtin_prefetch(p + i * stride_c + ahead);
     for (int i = 0; i < L; ++i)
       out[i] = i >= lanes ? Vec<A>{} : cols == L ? load(p + i * stride_c) : load_n(p + i * stride_c, cols);
     transpose<A>(out);
@@ -98,12 +103,12 @@ void pack_pixels(const ConvSource& s, int64_t n, int64_t c, int lanes, int64_t y
     const int count = int(last - j < L ? last - j : L);
     Vec<A> pixels[L], relu[L];
     read_pixels(static_cast<const T*>(s.data) + n * s.stride.n + c * s.stride.c + y * s.stride.h + (x + j) * s.stride.w,
-                s.stride.c, s.stride.w, lanes, count, pixels);
+                s.stride.c, s.stride.w, lanes, count, 2 * s.stride.h, pixels);
     if (s.relu_output) {
       const Strides4& stride = s.relu_stride;
-      read_pixels(static_cast<const T*>(s.relu_output) + n * stride.n + c * stride.c + y * stride.h +
-                      (x + j) * stride.w,
-                  stride.c, stride.w, lanes, count, relu);
+      read_pixels(
+          static_cast<const T*>(s.relu_output) + n * stride.n + c * stride.c + y * stride.h + (x + j) * stride.w,
+          stride.c, stride.w, lanes, count, 2 * stride.h, relu);
       for (int i = 0; i < count; ++i) pixels[i] = relu[i] <= Vec<A>{} ? Vec<A>{} : pixels[i];
     }
     for (int i = 0; i < count; ++i) store(to + (j + i) * kStep, pixels[i]);
@@ -150,22 +155,21 @@ void transform_input(const WinogradConv& w, int64_t c0, int64_t begin, int64_t e
   const int64_t channels = w.conv.group_channels, row_size = (2 * w.block_tiles + 2) * kStep;
   A* products = scratch + s.products;
   for (int64_t c = 0; c < channels; c += kStep) {
-    TileRun before{-1, 0, 0, 0};
+    TileRun before{0, -2, 0, 0};
     for (int64_t tile = begin; tile < end; tile += before.count) {
       const TileRun run = tile_run(w, tile, end);
-      // The run above left two of the four rows.
-      const bool below = run.n == before.n && run.row == before.row + 1 && run.col == before.col;
-      const A* rows[4];
+      // The run above, if it is of a whole row, has left two of the four source rows.
+      const int64_t left = run.row == before.row + 1 && before.col == 0 ? 2 : 0;
+      A* rows[4];
       for (int64_t i = 0; i < 4; ++i) rows[i] = scratch + s.rows + (2 * run.row + i) % 4 * row_size;
       for (int64_t v = 0; v < kLineVectors && c + v * L < channels; ++v) {
-        const int64_t left = channels - c - v * L;
-        for (int64_t i = below && run.count <= before.count ? 2 : 0; i < 4; ++i)
-          pack_pixels<T>(source, run.n, c0 + c + v * L, int(left < L ? left : L),
-                         2 * run.row + i - w.conv.planes.origin_h, 2 * run.col - w.conv.planes.origin_w,
-                         2 * run.count + 2, const_cast<A*>(rows[i]) + v * L);
-        const A* vector_rows[4] = {rows[0] + v * L, rows[1] + v * L, rows[2] + v * L, rows[3] + v * L};
-        input_products(vector_rows, run.count, products + (tile - begin) * s.channel_pitch + c + v * L,
-                       s.channel_pitch, s.product);
+        const int lanes = int(channels - c - v * L < L ? channels - c - v * L : L);
+        for (int64_t i = left; i < 4; ++i)
+          pack_pixels<T>(source, run.n, c0 + c + v * L, lanes, 2 * run.row + i - w.conv.planes.origin_h,
+                         2 * run.col - w.conv.planes.origin_w, 2 * run.count + 2, rows[i] + v * L);
+        const A* at[4] = {rows[0] + v * L, rows[1] + v * L, rows[2] + v * L, rows[3] + v * L};
+        input_products(at, run.count, products + (tile - begin) * s.channel_pitch + c + v * L, s.channel_pitch,
+                       s.product);
       }
       before = run;
     }
@@ -382,12 +386,15 @@ bool run_winograd(const WinogradConv& w, void* scratch_, int64_t begin, int64_t 
   const WinogradScratch<A> s(w);
   A *scratch = static_cast<A*>(scratch_), *products = scratch + s.products, *sums = scratch + s.sums;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t group = task % p.groups, first = task / p.groups * w.block_tiles;
+    const int64_t split = task % w.splits(), group = task / w.splits() % p.groups;
+    const int64_t first = task / (w.splits() * p.groups) * w.block_tiles, run = split * w.block_runs;
     const int64_t last = first + w.block_tiles < w.tiles() ? first + w.block_tiles : w.tiles();
+    const int64_t end_run = run + w.block_runs < w.group_runs ? run + w.block_runs : w.group_runs;
     transform_input<T>(w, group * p.group_channels, first, last, s, scratch);
-    const A* weight = static_cast<const A*>(p.weight) + group * w.group_runs * kWinogradProducts * w.run_product;
+    const A* weight =
+        static_cast<const A*>(p.weight) + (group * w.group_runs + run) * kWinogradProducts * w.run_product;
     Vec<A> check{};
-    for (int64_t m = 0; m < p.group_results; m += kWidth) {
+    for (int64_t m = run * kWidth; m < end_run * kWidth; m += kWidth) {
       const int64_t count = p.group_results - m < kWidth ? p.group_results - m : kWidth;
       for (int64_t k = 0; k < kWinogradProducts; ++k, weight += w.run_product)
         if (count > L)
@@ -413,7 +420,7 @@ int64_t winograd_scratch(const WinogradConv& w) {
 #define FASTNN_ALL_DTYPES(function) {function<double>, function<float>, function<bf16>, function<f16>}
 const WinogradKernels kWinogradKernels = {
     kGemmTiles,
-    {kGemmVectors * kLanes<double>, kGemmVectors* kLanes<float>},
+    {kGemmVectors * kLanes<double>, kGemmVectors * kLanes<float>},
     FASTNN_ALL_DTYPES(pack_products),
     FASTNN_ALL_DTYPES(winograd_scratch),
     FASTNN_ALL_DTYPES(run_winograd),
