@@ -12,7 +12,8 @@ FREE_GB := 3
 # More arguments for pytest, the demo or the benchmarks: make test ARGS='-k relu'
 ARGS ?=
 
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+EMULATION := $(shell find tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 missing = { echo "fastnn: $(1)" >&2; exit 1; }
 
 .PHONY: help demo test test-asan lint bench clean
@@ -35,7 +36,7 @@ lint: $(VENV)/.built  ## ruff, mypy and clang-format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/clang-format --dry-run --Werror $(CPP)
+	@$(BIN)/clang-format --dry-run --Werror $(CPP) $(EMULATION)
 
 bench: $(VENV)/.built  ## run every benchmark and rewrite its results, plots and the README's table
 	@$(BIN)/python -m benchmarks --json benchmarks/results/cpu.json --plot docs/benchmarks --readme $(ARGS)

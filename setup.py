@@ -1,19 +1,28 @@
-"""Builds fastnn._C from csrc/ with whichever torch >= 2.11 is installed; the result loads beside every later one.
+"""Builds fastnn._C, and fastnn._C_cuda where there is a CUDA compiler, from csrc/ with whichever torch >= 2.11 is
+installed; the result loads beside every later one.
 
-Environment: MAX_JOBS (default: what cores and memory allow), FASTNN_SANITIZE=address,undefined (make test-asan).
+Environment: MAX_JOBS (default: what cores and memory allow), FASTNN_SANITIZE=address,undefined (make test-asan),
+FASTNN_CUDA=auto (the default: where nvcc fits a CUDA build of torch), 1 (wherever nvcc is; any failure is fatal) or 0,
+TORCH_CUDA_ARCH_LIST (as torch's own extensions take it).
 """
 
 import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from setuptools import setup
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
 # torch 2.11's stable ABI. The format is 0xMMmmpp00...: 0x0210... would mean 2.16.
 STABLE_ABI = "0x020b000000000000"
 SANITIZE = os.environ.get("FASTNN_SANITIZE", "")
+ARCHITECTURES = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0a;10.0;12.0+PTX")
 
 
 def jobs() -> int:
@@ -26,34 +35,87 @@ def jobs() -> int:
     return max(1, min(cores, memory // (2 << 30)))
 
 
-def extension() -> CppExtension:
+def why_no_cuda(mode: str) -> str | None:
+    """Why the CUDA kernels are not built; None if they are."""
+    if mode not in ("auto", "0", "1"):
+        sys.exit(f"fastnn: FASTNN_CUDA is {mode!r}, expected auto, 1 or 0")
+    if mode == "0" or SANITIZE:
+        return "FASTNN_CUDA=0" if mode == "0" else "FASTNN_SANITIZE"
+    if cpp_extension.CUDA_HOME is None:  # torch's own search, where it is a CUDA build, found none
+        toolkits = [os.environ.get("CUDA_HOME"), Path(shutil.which("nvcc") or "/").parent.parent, "/usr/local/cuda"]
+        found = (str(t) for t in toolkits if t and Path(t, "bin/nvcc").exists() and Path(t, "include/cuda.h").exists())
+        cpp_extension.CUDA_HOME = next(found, None)
+    if cpp_extension.CUDA_HOME is None:
+        return "nvcc was not found (CUDA_HOME names its toolkit)"
+    if torch.version.cuda is None:
+        return None if mode == "1" else "this torch is no CUDA build"
+    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    version = re.search(r"release (\d+)\.", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if version is None or version[1] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is of CUDA {version and version[1]}, torch of {torch.version.cuda}"
+    return None
+
+
+def extension(name: str, folders: list[str], macros: dict[str, str], **more) -> CppExtension:
     import pybind11
 
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-fno-tree-loop-distribute-patterns"]  # or GCC makes calls of memset out of two-element loops
     flags += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
     flags += ["-Wno-unused-parameter", "-Wno-maybe-uninitialized"]  # torch's and GCC 12's own headers
-    link = []
     if SANITIZE:
         flags += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O1", "-fno-sanitize-recover=undefined"]
-        link += [f"-fsanitize={SANITIZE}"]
+        more["extra_link_args"] = [f"-fsanitize={SANITIZE}"]
+    files = sorted(str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / "csrc").glob(folder))
     return CppExtension(
-        "fastnn._C",
-        sources=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp") if "cuda" not in p.parts),
-        depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")),
-        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        define_macros=[
-            ("TORCH_TARGET_VERSION", STABLE_ABI),
-            ("FASTNN_TORCH_VERSION", f'"{torch.__version__}"'),
-        ],
-        extra_compile_args={"cxx": flags},
-        extra_link_args=link,
+        name,
+        sources=[f for f in files if f.endswith((".cpp", ".cu"))],
+        depends=[f for f in files if f.endswith(".h")],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include(), *more.pop("include_dirs", [])],
+        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI), *macros.items()],
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++17", "-lineinfo"]},
+        **more,
     )
 
 
-os.environ.setdefault("MAX_JOBS", str(jobs()))
-print(
-    f"fastnn: torch {torch.__version__}, stable ABI 2.11, CPU kernels for avx512 + avx2 + generic "
-    f"(chosen at run time), {os.environ['MAX_JOBS']} jobs" + (f", sanitizers {SANITIZE}" if SANITIZE else "")
-)
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+def cpu_extension() -> CppExtension:
+    return extension("fastnn._C", ["*", "common/*", "cpu/**/*"], {"FASTNN_TORCH_VERSION": f'"{torch.__version__}"'})
+
+
+def cuda_extension(mode: str) -> CppExtension:
+    return extension(
+        "fastnn._C_cuda",
+        ["common/*", "cuda/**/*"],
+        {"USE_CUDA": "1", "FASTNN_CUDA_ARCHITECTURES": f'"{ARCHITECTURES}"'},
+        include_dirs=[f"{cpp_extension.CUDA_HOME}/include"],
+        library_dirs=[f"{cpp_extension.CUDA_HOME}/lib64"],
+        libraries=["cudart"] + ["torch_cuda"] * (torch.version.cuda is not None),
+        optional=mode != "1",
+    )
+
+
+class Build(BuildExtension):
+    def build_extension(self, ext) -> None:
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            if not ext.optional:
+                raise
+            print(f"fastnn: {ext.name} was not built, its kernels are off: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("MAX_JOBS", str(jobs()))
+    mode = os.environ.get("FASTNN_CUDA", "auto")
+    no_cuda = why_no_cuda(mode)
+    if mode == "1" and no_cuda:
+        sys.exit(f"fastnn: FASTNN_CUDA=1, but {no_cuda}")
+    print(
+        f"fastnn: torch {torch.__version__}, stable ABI 2.11, CPU kernels for avx512 + avx2 + generic (chosen at run "
+        f"time), CUDA kernels {'off: ' + no_cuda if no_cuda else 'for ' + ARCHITECTURES}, "
+        f"{os.environ['MAX_JOBS']} jobs" + (f", sanitizers {SANITIZE}" if SANITIZE else "")
+    )
+    setup(
+        ext_modules=[cpu_extension(), *([] if no_cuda else [cuda_extension(mode)])],
+        cmdclass={"build_ext": Build},
+    )

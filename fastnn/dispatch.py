@@ -38,11 +38,23 @@ OPERATORS = {
 }
 # The backends that have kernels, the preferred one first: the device types they run on, and the ops they have.
 DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
-KERNELS = {"cpu": tuple(OPERATORS), "cuda": (), "triton": ("relu",)}
+KERNELS = {"cpu": tuple(OPERATORS), "cuda": ("relu",), "triton": ("relu",)}
 # Triton's interpreter takes CPU tensors, slowly: it is for tests, and is used only where it is forced.
 FORCED_DEVICES = {**DEVICES, "triton": (*DEVICES["triton"], "cpu")}
 
-CUDA_OFF = "this build has no CUDA kernels"
+
+def _load_cuda() -> str | None:
+    """Registers the CUDA kernels; or why there are none."""
+    if torch.version.cuda is None:
+        return "this torch is not a CUDA build"
+    try:
+        from fastnn import _C_cuda as _C_cuda
+    except ImportError as error:
+        return f"this build has no CUDA kernels: {error}"
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+CUDA_OFF = _load_cuda()
 
 
 def why_off(backend: str, op: str, device_type: str) -> str | None:

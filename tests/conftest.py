@@ -26,8 +26,19 @@ hypothesis.settings.load_profile("fixed")
 
 INTERPRETED_EXAMPLES = 8
 BACKENDS = [f"cpu-{isa}" for isa in _C.available_isas()]
+if GPU and torch.version.cuda:
+    BACKENDS.append("cuda")
 if importlib.util.find_spec("triton"):
     BACKENDS.append("triton")
+
+# The CUDA kernels compiled for the CPU, which then serve CPU tensors in place of the CPU's own: test_cuda_emulation.py
+# runs the tests once more, in a process of their own, with this library.
+EMULATED_CUDA = os.environ.get("FASTNN_TEST_EMULATED_CUDA")
+if EMULATED_CUDA:
+    BACKENDS = ["cuda-emulated"]
+    spec = importlib.util.spec_from_file_location("_C_cuda", EMULATED_CUDA)
+    emulated_cuda = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emulated_cuda)
 if "triton" in BACKENDS and not GPU:
     import triton_interpreter
 
@@ -35,15 +46,17 @@ if "triton" in BACKENDS and not GPU:
 
 
 def is_interpreted(item):
-    """Triton's interpreter takes some 2 ms a kernel and 1 ms a program of its grid: fewer examples, derivatives along
-    random directions instead of every one, and none of the cases marked as big."""
-    return not GPU and getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
+    """Triton's interpreter takes some 2 ms a kernel and 1 ms a program of its grid, the emulation of CUDA some 0.1 ms a
+    block of threads: fewer examples, derivatives along random directions instead of every one, and none of the cases
+    marked as big."""
+    slow = ("cuda-emulated",) if GPU else ("cuda-emulated", "triton")
+    return getattr(item, "callspec", None) and item.callspec.params.get("backend") in slow
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if is_interpreted(item) and item.get_closest_marker("big"):
-            item.add_marker(pytest.mark.skip(reason="big: minutes in Triton's interpreter"))
+            item.add_marker(pytest.mark.skip(reason="big: minutes in Triton's interpreter and the emulation of CUDA"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -61,7 +74,7 @@ def pytest_runtest_call(item):
 
 def where_it_runs(name):
     """What makes a test's tensors, and its raw torch.ops.fastnn calls, go to the backend."""
-    if name != "triton":
+    if name == "cpu":
         return contextlib.nullcontext()
     return torch.device(torch.accelerator.current_accelerator()) if GPU else triton_interpreter.as_cpu_kernels()
 
@@ -71,7 +84,9 @@ def backend(request):
     """Forces one implementation ('cpu-avx2', ...) for the test, and fails it if a call goes to native torch."""
     name, _, isa = request.param.partition("-")
     before = _C.isa()
-    if isa:
+    if isa == "emulated":
+        name = "cpu"
+    elif isa:
         _C.set_isa(isa)
     fallbacks = []
     handler = logging.Handler()

@@ -318,11 +318,17 @@ def test_infinities_and_nans_of_a_gradient(backend, case, dtype, data):
 )
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_pool_of_infinities_and_nans(backend, channels, kernel, groups, pool, special, layout):
-    """NaN wins its window, whichever element of several native chooses gets the gradient, and -inf loses to 0."""
+@pytest.mark.parametrize("operand", ["input", "weight"])
+def test_pool_of_infinities_and_nans(backend, operand, channels, kernel, groups, pool, special, layout):
+    """NaN wins its window, whichever element of several native chooses gets the gradient, and -inf loses to 0. In
+    backward, infinity times a gradient of zero is NaN."""
     x = integers(torch.float64, (2, channels, 12, 23))
-    x[:, ::2][torch.rand(2, channels // 2, 12, 23) < 0.1 / kernel**2] = special
-    x, w = LAYOUTS[layout](x), integers(torch.float64, (16, channels // groups, kernel, kernel))
+    w = integers(torch.float64, (16, channels // groups, kernel, kernel))
+    if operand == "input":
+        x[:, ::2][torch.rand(2, channels // 2, 12, 23) < 0.1 / kernel**2] = special
+    else:
+        w[1, 1] = special
+    x = LAYOUTS[layout](x)
     kwargs = {"groups": groups, **pool}
     output = native_conv2d_relu_max_pool2d(x, w, **kwargs)
     grad_output = integers(torch.float64, tuple(output.shape))
@@ -330,6 +336,31 @@ def test_pool_of_infinities_and_nans(backend, channels, kernel, groups, pool, sp
     exact = values_and_gradients(partial(native_conv2d_relu_max_pool2d, **kwargs), (x.contiguous(), w), grad_output)
     for name, a, e in zip(NAMES, ours, exact, strict=False):
         assert_same(a, e, name)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
+@pytest.mark.parametrize(
+    ("channels", "results", "kwargs"),
+    [
+        pytest.param(33, 65, {"padding": 1}, id="a chunk and one more channel, a block and one more result"),
+        pytest.param(70, 40, {"dilation": (1, 2), "pool_kernel_size": 3, "pool_stride": 2}, id="dilated, overlapping"),
+        pytest.param(40, 140, {"groups": 2, "stride": 2, "padding": 2, "pool_stride": 3}, id="strided, gaps, groups"),
+    ],
+)
+def test_pool_gradients_of_many_channels(backend, dtype, layout, channels, results, kwargs):
+    """On small integers, so exactly: more channels than are taken at a time."""
+    x = LAYOUTS[layout](integers(dtype, (2, channels, 15, 18)))
+    w = integers(dtype, (results, channels // kwargs.get("groups", 1), 3, 3))
+    b = integers(dtype, (results,))
+    exact_inputs = tuple(map(to_float64, (x, w, b)))
+    grad_output = integers(dtype, tuple(native_conv2d_relu_max_pool2d(*exact_inputs, **kwargs).shape))
+    actual = values_and_gradients(partial(F.conv2d_relu_max_pool2d, **kwargs), (x, w, b), grad_output)
+    exact = values_and_gradients(
+        partial(native_conv2d_relu_max_pool2d, **kwargs), exact_inputs, to_float64(grad_output)
+    )
+    for name, a, e in zip(NAMES, actual, exact, strict=True):
+        assert_same(a, e.to(dtype), name)
 
 
 SOME_CASES = [

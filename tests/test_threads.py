@@ -65,8 +65,8 @@ CALLS: dict[str, Callable[[], tuple[Tensor, list[Tensor]]]] = {
     "conv2d groups": lambda: conv(F.conv2d, leaf(4, 32, 30, 30), leaf(32, 8, 3, 3), padding=1, groups=4),
     "conv2d_relu": lambda: conv(F.conv2d_relu, leaf(4, 16, 40, 40), leaf(24, 16, 3, 3), padding=1),
     "conv2d_relu_max_pool2d": lambda: conv(F.conv2d_relu_max_pool2d, leaf(4, 3, 64, 64), leaf(32, 3, 3, 3), padding=1),
-    "conv2d_relu_max_pool2d 16 channels": lambda: conv(
-        F.conv2d_relu_max_pool2d, leaf(4, 16, 33, 35), leaf(40, 16, 3, 3), padding=1
+    "conv2d_relu_max_pool2d one image": lambda: conv(
+        F.conv2d_relu_max_pool2d, leaf(1, 40, 33, 64), leaf(70, 40, 3, 3), padding=1
     ),
     "conv2d_relu_max_pool2d overlapping": lambda: conv(
         F.conv2d_relu_max_pool2d, leaf(4, 8, 41, 43), leaf(16, 8, 3, 3), pool_kernel_size=3, pool_stride=2

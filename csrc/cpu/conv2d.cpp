@@ -7,6 +7,7 @@
 #include "common/check.h"
 #include "common/conv_shape.h"
 #include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/conv2d_pooled.h"
 #include "cpu/kernels/conv2d_winograd.h"
 #include "cpu/memory.h"
 
@@ -22,7 +23,10 @@ constexpr int64_t kPanelResults = 64;
 constexpr int64_t kDepthBytes = 20 << 10;  // a tile's operands: most of an L1 cache, beside the weights that pass by
 // The dot-product weight gradient sums lanes once a block and pair: longer blocks, fewer sums. The outer-product one
 // has a block's operands of one channel group in the L1 cache.
-constexpr int64_t kDotPositions = 1024, kOuterPositions = 256, kGradBytes = 384 << 10, kGradChannels = 64;
+constexpr int64_t kDotPositions = 1024, kOuterPositions = 256, kGradBytes = 384 << 10;
+// Channels of either side a block takes: a block is packed once for each block of the other side, and that takes more
+// of the time where there is one tap to use it.
+constexpr int64_t kGradChannels = 64, kGradChannelsOneTap = 128;
 constexpr int64_t kGradTasks = 32;                  // at the least, where the shape allows: shape alone decides
 constexpr int64_t kSliceBytes = int64_t(64) << 20;  // all private weight gradients together
 
@@ -192,8 +196,9 @@ void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
 void plan(TapGrad& p, int64_t element, int64_t lanes) {
   p.outer = p.group_channels >= 2 * lanes;
   p.block_groups = p.outer ? 1 : groups_together(p, p.source.stride.c == 1 || p.grad.stride.c == 1);
-  p.block_channels = p.block_groups > 1 ? p.group_channels : std::min(p.group_channels, kGradChannels);
-  p.block_results = p.block_groups > 1 ? p.group_results : std::min(p.group_results, kGradChannels);
+  const int64_t most_channels = p.num_taps == 1 ? kGradChannelsOneTap : kGradChannels;
+  p.block_channels = p.block_groups > 1 ? p.group_channels : std::min(p.group_channels, most_channels);
+  p.block_results = p.block_groups > 1 ? p.group_results : std::min(p.group_results, most_channels);
   const auto fits = [&](int64_t rows, int64_t images) {
     set_block(p.planes, rows, images, lanes);
     const int64_t grad_plane = p.planes.plane / p.planes.phases;
@@ -228,7 +233,7 @@ void join_rows(ConvShape& s, std::initializer_list<ConvSource*> sources, std::in
   if (s.kernel_h * s.kernel_w != 1 || s.stride_h * s.stride_w != 1 || s.in_h != s.out_h || s.in_w != s.out_w) return;
   bool adjacent = true;
   for (const ConvSource* source : sources) {
-    adjacent &= source->stride.h == s.in_w * source->stride.w && !source->pool_code;
+    adjacent &= source->stride.h == s.in_w * source->stride.w;
     adjacent &= !source->relu_output || source->relu_stride.h == s.in_w * source->relu_stride.w;
   }
   for (const Strides4* stride : others) adjacent &= stride->h == s.in_w * stride->w;
@@ -254,9 +259,7 @@ void run_tasks(const Plan& plan, Kernel kernel) {
   });
 }
 
-bool channels_contiguous(const ConvSource& s) {
-  return s.stride.c == 1 && !s.pool_code && (!s.relu_output || s.relu_stride.c == 1);
-}
+bool channels_contiguous(const ConvSource& s) { return s.stride.c == 1 && (!s.relu_output || s.relu_stride.c == 1); }
 
 template <class Problem>
 bool is_depthwise(const Problem& p) {
@@ -271,7 +274,7 @@ constexpr int64_t kDepthwiseRowGrain = 16 * 1024, kPackGrain = 16 * 1024;  // el
 constexpr int64_t kWinogradChannels = 16, kWinogradTiles = 32;
 constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
 
-// Whether p is of Winograd's kind, and large enough: a 3 x 3 window that moves by one, pooled by tiles if at all.
+// A 3 x 3 window that moves by one, pooled by tiles if at all, and large enough.
 bool is_winograd(const WinogradConv& w) {
   const TapConv& p = w.conv;
   const PoolShape& pool = p.result.pool;
@@ -279,7 +282,7 @@ bool is_winograd(const WinogradConv& w) {
       p.num_taps == 9 && p.planes.step_h == 1 && p.planes.step_w == 1 && p.planes.halo_h == 2 && p.planes.halo_w == 2;
   const bool by_tiles =
       !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
-  return window && by_tiles && !p.source.pool_code && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
+  return window && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
          std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.tiles() >= kWinogradTiles;
 }
 
@@ -500,6 +503,91 @@ void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource
   if (bias_result) kernels.sum_bias_slices[dtype](p, bias_result->data_ptr());
 }
 
+// Result channels whose entries are listed at a time, and windows: the input gradient's lists share the L1 cache with
+// the filters, the weight gradient's with the pixels they reach. Packed rows and sums stay in the L2 cache.
+constexpr int64_t kPooledResults = 64, kPooledMasks = 64, kPooledWindows = 128;
+constexpr int64_t kPooledNear = 16 << 10, kPooledRows = 256 << 10, kPooledSums = 256 << 10;
+constexpr int64_t kPooledSliceWindows = 512;  // at the least: fewer would be less work than their sums
+
+void plan_pixels(PooledGrad& p, int64_t rows) {
+  p.pixel_elements = ceil_div(rows * p.pitch() * p.conv.group_in() + 16, 16) * 16;
+}
+
+// False if the weights are not finite: the pass leaves out zeros that they would turn into NaN.
+bool pooled_grad_input(PooledGrad p, DType dtype, const Tensor& weight, const Tensor& result) {
+  const int64_t element = accumulator_size(dtype), lanes = conv_kernels().lanes[element == 4];
+  const int64_t threads = torch::stable::get_num_threads(), blocks = ceil_div(p.conv.group_out(), kPooledResults);
+  p.pixels = result.data_ptr();
+  p.pixel_stride = strides4(result);
+  p.block_results = ceil_div(p.conv.group_out(), blocks);
+  p.block_cols = std::clamp<int64_t>(kPooledMasks / p.codes(), 1, p.pool.out_w);
+  p.row_blocks = std::clamp<int64_t>(ceil_div(2 * threads, p.conv.batch), 1, std::max<int64_t>(1, p.pool.out_h / 4));
+  plan_pixels(p, std::max(p.span_h(), p.row_step()));
+  p.scratch = (p.pixel_elements + ceil_div(p.block_cols * p.block_results + 16, 16) * 16) * element +
+              p.block_cols * (p.codes() * 8 + 64);
+  const Scratch<char> packed(p.conv.out_channels * p.result_sums(lanes) * element);
+  const std::array<int64_t, 4> strides{weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+  std::atomic<bool> finite = true;
+  torch::stable::parallel_for(0, p.conv.groups * blocks, 1, [&](int64_t begin, int64_t end) {
+    if (!pooled_kernels().pack_weight[dtype](p, weight.data_ptr(), strides.data(), packed.get(), begin, end))
+      finite = false;
+  });
+  if (!finite) return false;
+  p.weight = packed.get();
+  torch::stable::parallel_for(0, p.conv.batch * p.row_blocks, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<char> scratch(p.scratch);
+    pooled_kernels().run_input[dtype](p, scratch.get(), begin, end);
+  });
+  return true;
+}
+
+// False, likewise, if the input is not finite.
+bool pooled_grad_weight(PooledGrad p, DType dtype, const Tensor& input, const Tensor& weight_result,
+                        const Tensor* bias_result) {
+  const int64_t element = accumulator_size(dtype), lanes = conv_kernels().lanes[element == 4];
+  const ConvShape& s = p.conv;
+  p.pixels = input.data_ptr();
+  p.pixel_stride = strides4(input);
+  const auto packed_rows = [&](int64_t rows) { return (rows - 1) * p.row_step() + p.span_h(); };
+  p.pack_rows = p.pool.out_h;
+  while (p.pack_rows > 1 && packed_rows(p.pack_rows) * p.pitch() * s.group_in() * element > kPooledRows) --p.pack_rows;
+  p.pack_rows = ceil_div(p.pool.out_h, ceil_div(p.pool.out_h, p.pack_rows));
+  // What a run's entries reach in `rows` x `cols` windows.
+  const auto near = [&](int64_t rows, int64_t cols) {
+    const int64_t height = (rows - 1) * p.row_step() + (p.pool.kernel_h - 1) * s.stride_h + 1;
+    return height * cols * p.col_step() * p.width * element <= kPooledNear && rows * cols <= kPooledWindows;
+  };
+  int64_t splits = 1;
+  while (p.pool.out_w > 4 * splits && !near(1, ceil_div(p.pool.out_w, splits))) ++splits;
+  p.block_cols = ceil_div(p.pool.out_w, splits);
+  p.block_rows = 1;
+  while (p.block_rows < p.pack_rows && near(p.block_rows + 1, p.block_cols)) ++p.block_rows;
+  const int64_t result_sums = p.result_sums(lanes);
+  p.block_results = std::clamp<int64_t>(kPooledSums / (result_sums * element), kPooledResults / 2, kPooledResults);
+  const int64_t blocks = ceil_div(s.group_out(), p.block_results);
+  p.block_results = ceil_div(s.group_out(), blocks);
+  plan_pixels(p, packed_rows(p.pack_rows));
+  p.list_capacity = p.block_rows * p.block_cols + 1;
+  p.scratch = (p.pixel_elements + p.block_results * p.list_capacity * 2) * element + p.block_results * 8;
+  p.slices = std::min({s.batch * p.pool.out_h, ceil_div(kGradTasks, s.groups * blocks),
+                       ceil_div(s.batch * p.pool.out_h * p.pool.out_w, kPooledSliceWindows)});
+  const int64_t tasks = p.slices * s.groups * blocks;
+  const Scratch<char> weight_sums(p.slices * s.out_channels * result_sums * element);
+  const Scratch<char> bias_sums(p.slices * s.out_channels * element);
+  const Scratch<bool> finite(tasks);
+  p.weight_sums = weight_sums.get(), p.bias_sums = bias_sums.get(), p.finite = finite.get();
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<char> scratch(p.scratch);
+    pooled_kernels().run_weight[dtype](p, scratch.get(), begin, end);
+  });
+  if (!std::all_of(p.finite, p.finite + tasks, [](bool b) { return b; })) return false;
+  torch::stable::parallel_for(0, s.out_channels, ceil_div(16 * 1024, result_sums), [&](int64_t begin, int64_t end) {
+    pooled_kernels().sum_slices[dtype](p, weight_result.data_ptr(), bias_result ? bias_result->data_ptr() : nullptr,
+                                       begin, end);
+  });
+  return true;
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor input, Tensor weight,
                                                    std::optional<Tensor> relu_output, std::optional<Tensor> pool_code,
                                                    Ints stride, Ints padding, Ints dilation, int64_t groups,
@@ -513,16 +601,18 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
   STD_TORCH_CHECK(output_mask.size() == 3, op, ": output_mask has ", output_mask.size(), " values, expected 3");
 
   ConvSource grad = plain_source(grad_output);
+  PooledGrad pooled{};
   std::array<int64_t, 4> expected{s.batch, s.out_channels, s.out_h, s.out_w};
   if (pool_code) {
-    grad.pool = pool_shape(op, s, pool_kernel_size, pool_stride);
-    expected[2] = grad.pool.out_h, expected[3] = grad.pool.out_w;
+    pooled.pool = pool_shape(op, s, pool_kernel_size, pool_stride);
+    expected[2] = pooled.pool.out_h, expected[3] = pooled.pool.out_w;
     check_same_shape(*pool_code, grad_output, op, "pool_code");
     STD_TORCH_CHECK(pool_code->scalar_type() == ScalarType::Byte, op, ": pool_code has dtype ",
                     torch::headeronly::toString(pool_code->scalar_type()), ", expected uint8");
-    grad.pool_code = static_cast<const uint8_t*>(pool_code->data_ptr());
-    grad.code_stride = strides4(*pool_code);
-    grad.height = s.out_h, grad.width = s.out_w;
+    pooled.conv = s;
+    pooled.grad = grad.data, pooled.grad_stride = grad.stride;
+    pooled.code = static_cast<const uint8_t*>(pool_code->data_ptr()), pooled.code_stride = strides4(*pool_code);
+    pooled.width = std::min<int64_t>(s.group_in(), 4 * conv_kernels().lanes[accumulator_size(dtype) == 4]);
   } else if (relu_output) {
     check_same_shape(*relu_output, grad_output, op, "relu_output");
     check_same_dtype(*relu_output, input, op, "relu_output");
@@ -550,12 +640,27 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
     for (Tensor* t : {&input_result, &weight_result, &bias_result}) torch::stable::zero_(*t);
     return {input_result, weight_result, bias_result};
   }
-  if (output_mask[0]) grad_input(s, dtype, grad, weight, input_result);
+  // A pass that cannot do without the pooled gradient's zeros gets them.
+  Tensor plain;
+  const auto with_zeros = [&]() -> const ConvSource& {
+    if (pool_code && !plain.defined()) {
+      plain = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, false);
+      torch::stable::parallel_for(0, s.batch * s.out_channels, 1, [&](int64_t begin, int64_t end) {
+        pooled_kernels().scatter[dtype](pooled, plain.data_ptr(), begin, end);
+      });
+      grad = plain_source(plain);
+    }
+    return grad;
+  };
+  if (output_mask[0] && !(pool_code && pooled_grad_input(pooled, dtype, weight, input_result)))
+    grad_input(s, dtype, with_zeros(), weight, input_result);
   if (output_mask[1] || output_mask[2]) {
     // The bias gradient is summed on the way of the weight gradient.
     if (!output_mask[1])
       weight_result = empty_4d(weight, {s.out_channels, s.group_in(), s.kernel_h, s.kernel_w}, false);
-    grad_weight(s, dtype, input, grad, weight, weight_result, output_mask[2] ? &bias_result : nullptr);
+    Tensor* const bias = output_mask[2] ? &bias_result : nullptr;
+    if (!(pool_code && pooled_grad_weight(pooled, dtype, input, weight_result, bias)))
+      grad_weight(s, dtype, input, with_zeros(), weight, weight_result, bias);
     if (!output_mask[1]) weight_result = none();
   }
   return {input_result, weight_result, bias_result};

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "cpu/strides.h"
+#include "common/strides.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>

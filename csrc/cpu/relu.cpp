@@ -2,8 +2,8 @@
 #include "cpu/kernels/relu.h"
 
 #include "common/check.h"
+#include "common/strides.h"
 #include "cpu/memory.h"
-#include "cpu/strides.h"
 
 namespace fastnn::cpu {
 namespace {

@@ -3,7 +3,7 @@
 #include <string>
 #include <utility>
 
-#include "cpu/strides.h"
+#include "common/strides.h"
 
 namespace fastnn::cpu {
 namespace {

@@ -18,18 +18,13 @@
 
 namespace fastnn::cpu {
 
-// What planes are packed from. A gradient may still lack its ReLU mask (relu_output) or its max-pool's scatter
-// (pool_code: `data` is then the pooled gradient, height and width the convolution's output's); both are applied while
-// packing.
+// What planes are packed from. A gradient may still lack its ReLU mask (relu_output), which is applied while packing.
 struct ConvSource {
   const void* data;
   Strides4 stride;
   int64_t height, width;
   const void* relu_output;
   Strides4 relu_stride;
-  const uint8_t* pool_code;
-  Strides4 code_stride;
-  PoolShape pool;
 };
 
 struct ConvResult {

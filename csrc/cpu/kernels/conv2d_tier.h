@@ -29,10 +29,6 @@ constexpr int64_t kShortDepth = 64;
 
 // ---- reading a source ----
 
-FASTNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTNN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 template <class A>
 FASTNN_INLINE void zero(A* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = 0;
@@ -51,57 +47,6 @@ FASTNN_INLINE int64_t offset4(const Strides4& s, int64_t n, int64_t c, int64_t h
   return n * s.n + c * s.c + h * s.h + w * s.w;
 }
 
-// The pooled rows whose windows cover convolution row (or column) `y`: [first, last].
-FASTNN_INLINE int64_t first_window(int64_t y, int64_t kernel, int64_t stride) {
-  return y < kernel ? 0 : (y - kernel) / stride + 1;
-}
-FASTNN_INLINE int64_t last_window(int64_t y, int64_t stride, int64_t windows) {
-  return y / stride < windows ? y / stride : windows - 1;
-}
-
-// One convolution row of a pooled gradient: each pooled element goes where its code says.
-template <class T>
-void add_pooled_row(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t x, int64_t count,
-                    Accumulator<T>* dst) {
-  using A = Accumulator<T>;
-  constexpr int L = kLanes<A>;
-  const PoolShape& pool = s.pool;
-  if (pool.kernel_w == 2 && pool.stride_w == 2 && pool.stride_h >= pool.kernel_h && x == 0 && count >= 2 * pool.out_w &&
-      s.stride.w == 1 && s.code_stride.w == 1) {
-    // Windows of two columns that do not overlap, the usual case: a vector of codes places two vectors of elements.
-    const int64_t py = y / pool.stride_h, low = (y - py * pool.stride_h) * 2;
-    const bool covered = py < pool.out_h && low < pool.kernel_h * 2;
-    const T* grad = static_cast<const T*>(s.data) + offset4(s.stride, n, c, py, 0);
-    const uint8_t* code = s.pool_code + offset4(s.code_stride, n, c, py, 0);
-    Mask<A> first, second;
-    for (int i = 0; i < L; ++i) first[i] = i / 2 + (i % 2 ? L : 0), second[i] = first[i] + L / 2;
-    int64_t px = 0;
-    for (; covered && px + L <= pool.out_w; px += L) {
-      const Vec<A> g = load(grad + px);
-      const Mask<A> element = load_bytes<A>(code + px);
-      const Vec<A> left = element == int32_t(low) ? g : Vec<A>{}, right = element == int32_t(low + 1) ? g : Vec<A>{};
-      store(dst + 2 * px, __builtin_shuffle(left, right, first));
-      store(dst + 2 * px + L, __builtin_shuffle(left, right, second));
-    }
-    for (; covered && px < pool.out_w; ++px)
-      for (int64_t j = 0; j < 2; ++j) dst[2 * px + j] = code[px] == low + j ? to_accumulator(grad[px]) : A(0);
-    zero(dst + 2 * px, count - 2 * px);
-    return;
-  }
-  zero(dst, count);
-  for (int64_t py = first_window(y, pool.kernel_h, pool.stride_h); py <= last_window(y, pool.stride_h, pool.out_h);
-       ++py) {
-    const T* grad = static_cast<const T*>(s.data) + offset4(s.stride, n, c, py, 0);
-    const uint8_t* code = s.pool_code + offset4(s.code_stride, n, c, py, 0);
-    const int64_t low = (y - py * pool.stride_h) * pool.kernel_w, high = low + pool.kernel_w;
-    for (int64_t px = 0; px < pool.out_w; ++px) {
-      const int64_t element = code[px * s.code_stride.w];
-      const int64_t i = px * pool.stride_w + element - low - x;
-      if (element >= low && element < high && i >= 0 && i < count) dst[i] += to_accumulator(grad[px * s.stride.w]);
-    }
-  }
-}
-
 // `rows` rows of one channel, y_step apart from row y on, into plane rows `pitch` apart: from column x on, every
 // x_step-th element into dst[0, count). May write a vector past `count`.
 template <class T>
@@ -109,10 +54,6 @@ void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t y_
                 int64_t x_step, int64_t count, Accumulator<T>* dst, int64_t pitch) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
-  if (s.pool_code) {
-    for (int64_t row = 0; row < rows; ++row) add_pooled_row<T>(s, n, c, y + row * y_step, x, count, dst + row * pitch);
-    return;
-  }
   const T* src = static_cast<const T*>(s.data) + offset4(s.stride, n, c, y, x);
   const int64_t step = s.stride.w * x_step, row_step = s.stride.h * y_step, tail = count % L;
   const T* relu = static_cast<const T*>(s.relu_output);
@@ -146,26 +87,6 @@ FASTNN_INLINE Vec<Accumulator<T>> read_channels(const ConvSource& s, int64_t n, 
                                                 int lanes) {
   using A = Accumulator<T>;
   const T* data = static_cast<const T*>(s.data);
-  if (s.pool_code) {
-    const PoolShape& pool = s.pool;
-    Vec<A> sum{};
-    for (int64_t py = first_window(y, pool.kernel_h, pool.stride_h); py <= last_window(y, pool.stride_h, pool.out_h);
-         ++py)
-      for (int64_t px = first_window(x, pool.kernel_w, pool.stride_w); px <= last_window(x, pool.stride_w, pool.out_w);
-           ++px) {
-        const int64_t element = (y - py * pool.stride_h) * pool.kernel_w + x - px * pool.stride_w;
-        const uint8_t* code = s.pool_code + offset4(s.code_stride, n, c, py, px);
-        const T* grad = data + offset4(s.stride, n, c, py, px);
-        if (lanes == kLanes<A>) {
-          sum += load_bytes<A>(code) == int32_t(element) ? load(grad) : Vec<A>{};
-        } else {
-          Mask<A> chosen{};
-          for (int i = 0; i < lanes; ++i) chosen[i] = code[i] == element ? -1 : 0;
-          sum += chosen ? load_n(grad, lanes) : Vec<A>{};
-        }
-      }
-    return sum;
-  }
   const T* src = data + offset4(s.stride, n, c, y, x);
   const bool full = lanes == kLanes<A>;
   const Vec<A> value = full ? load(src) : load_n(src, lanes);
@@ -212,8 +133,7 @@ FASTNN_INLINE Columns columns_of(const ConvSource& s, const Planes& p, int64_t p
 }
 
 FASTNN_INLINE bool channels_contiguous(const ConvSource& s) {
-  return s.stride.c == 1 && s.stride.w != 1 && (!s.pool_code || s.code_stride.c == 1) &&
-         (!s.relu_output || s.relu_stride.c == 1);
+  return s.stride.c == 1 && s.stride.w != 1 && (!s.relu_output || s.relu_stride.c == 1);
 }
 
 // Packs `channels` planes of `block`. Source rows from `end_row` on count as outside.
@@ -256,15 +176,6 @@ void pack_planes(const ConvSource& s, const Planes& p, const Block& block, int64
     const int64_t used = (block.images - 1) * block.pitch_image + plane_rows * p.pitch;
     for (int64_t c = 0; c < channels; ++c) zero(planes + c * p.plane + phase * phase_size + used, phase_size - used);
   }
-}
-
-template <class A>
-bool all_finite(const A* p, int64_t count) {
-  Vec<A> sum[4] = {};  // 0 unless an inf or NaN was multiplied by 0
-  for (int64_t i = 0; i < count; i += 4 * kLanes<A>)
-    for (int j = 0; j < 4; ++j)
-      if (i + j * kLanes<A> < count) sum[j] += load(p + i + j * kLanes<A>) * A(0);
-  return sum_lanes(sum[0] + sum[1] + sum[2] + sum[3]) == 0;
 }
 
 FASTNN_INLINE int64_t tap_offset(const Planes& p, const Tap& tap) {

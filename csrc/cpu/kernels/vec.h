@@ -40,6 +40,10 @@ FASTNN_INLINE Vec<A> splat(A value) {
   return value - Vec<A>{};  // x - 0 keeps -0; folds to one broadcast
 }
 
+FASTNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTNN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // ---- loads and stores: T in memory, Accumulator<T> in registers ----
 
 FASTNN_INLINE FloatVec load(const float* p) {
@@ -239,6 +243,19 @@ FASTNN_INLINE A sum_lanes_impl(Vec<A> v) {
 }
 FASTNN_INLINE float sum_lanes(FloatVec v) { return sum_lanes_impl<float>(v); }
 FASTNN_INLINE double sum_lanes(DoubleVec v) { return sum_lanes_impl<double>(v); }
+
+// Whether no element is an inf or NaN.
+template <class A>
+bool all_finite(const A* p, int64_t count) {
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[4] = {};  // 0 unless an inf or NaN was multiplied by 0
+  int64_t i = 0;
+  for (; i + 4 * L <= count; i += 4 * L)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[j] += load(p + i + j * L) * A(0);
+  for (; i < count; i += L) sum[0] += load_n(p + i, int(least(L, count - i))) * A(0);
+  return sum_lanes(sum[0] + sum[1] + sum[2] + sum[3]) == 0;
+}
 
 template <class A>
 FASTNN_INLINE A max_lanes_impl(Vec<A> v) {

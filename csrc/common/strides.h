@@ -3,7 +3,7 @@
 
 #include "common/check.h"
 
-namespace fastnn::cpu {
+namespace fastnn {
 
 // Whether the elements fill a block of memory without gaps or overlaps, in whatever order of dimensions.
 inline bool is_dense(const Tensor& tensor) {
@@ -35,4 +35,4 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-}  // namespace fastnn::cpu
+}  // namespace fastnn

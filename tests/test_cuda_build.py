@@ -1,0 +1,62 @@
+"""fastnn._C_cuda compiles and links with nvcc, GPU or not, and its hot kernels keep everything in registers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "cuda-test"
+ARCHITECTURES = {"8.0": "sm_80", "9.0a": "sm_90a", "12.0": "sm_120"}
+HOT = ["relu_forward_kernel", "relu_backward_kernel"]
+
+SCRIPT = f"""
+import runpy, sys
+from setuptools import Distribution
+setup = runpy.run_path({str(ROOT / "setup.py")!r})
+if reason := setup["why_no_cuda"]("1"):
+    sys.exit("no CUDA: " + reason)
+extension = setup["cuda_extension"]("1")
+extension.extra_compile_args["nvcc"] += ["-Xptxas=-v"]
+build = Distribution(dict(name="fastnn", ext_modules=[extension], cmdclass=dict(build_ext=setup["Build"])))
+command = build.get_command_obj("build_ext")
+command.build_lib, command.build_temp = {str(BUILD / "lib")!r}, {str(BUILD / "temp")!r}
+command.ensure_finalized()
+command.run()
+"""
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def test_hot_kernels_use_no_local_memory():
+    shutil.rmtree(BUILD / "temp" / "csrc" / "cuda" / "kernels", ignore_errors=True)  # only compiling gives a report
+    environment = {
+        **os.environ,
+        "TORCH_CUDA_ARCH_LIST": ";".join(ARCHITECTURES),
+        "MAX_JOBS": "2",
+        "FASTNN_SANITIZE": "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.stderr.startswith("no CUDA: "):
+        pytest.skip(done.stderr.strip())
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-8000:]
+    reports = [match.groupdict() for match in KERNEL.finditer(output)]
+    for kernel in HOT:
+        for arch in ARCHITECTURES.values():
+            found = [r for r in reports if kernel in r["name"] and r["arch"] == arch]
+            assert found, f"no report of {kernel} for {arch}"
+            for report in found:
+                assert report["stack"] == report["stores"] == report["loads"] == "0", report
