@@ -38,7 +38,7 @@ OPERATORS = {
 }
 # The backends that have kernels, the preferred one first: the device types they run on, and the ops they have.
 DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
-KERNELS = {"cpu": tuple(OPERATORS), "cuda": ("relu",), "triton": ("relu",)}
+KERNELS = {"cpu": tuple(OPERATORS), "cuda": ("relu", "cross_entropy"), "triton": ("relu",)}
 # Triton's interpreter takes CPU tensors, slowly: it is for tests, and is used only where it is forced.
 FORCED_DEVICES = {**DEVICES, "triton": (*DEVICES["triton"], "cpu")}
 

@@ -247,6 +247,17 @@ def test_same_tensor_as_logits_and_probabilities(backend):
 # ---- targets ----
 
 
+def refusing(backend, bad):
+    """How a backend refuses a class index: on a GPU by a device assert, after which the process cannot use it again."""
+    if backend == "cuda":
+        pytest.skip("a device assert would end this process's use of the GPU")
+    if backend == "cuda-emulated":
+        return pytest.raises(
+            RuntimeError, match=r"cross_entropy(_backward)?: device-side assert triggered: target >= 0"
+        )
+    return pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\.")
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("bad", [-1, 5, 7, -100, 2**31, 2**32 + 1, 2**62, -(2**62)])
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6), (2, 5, 3, 2), (5,)])
@@ -255,11 +266,10 @@ def test_target_out_of_range(backend, bad, shape):
     target = torch.zeros(shape[: class_dim(x)] + shape[class_dim(x) + 1 :], dtype=torch.int64)
     target.view(-1)[target.numel() // 2] = bad
     for reduction, smoothing in itertools.product(REDUCTIONS, [0.0, 0.1]):
-        with pytest.raises(IndexError) as ours:
+        with refusing(backend, bad):
             F.cross_entropy(
                 x, target, ignore_index=-1 if bad != -1 else -2, reduction=reduction, label_smoothing=smoothing
             )
-        assert str(ours.value).splitlines()[0] == f"Target {bad} is out of bounds."
 
 
 @pytest.mark.kernels
@@ -267,7 +277,7 @@ def test_backward_checks_the_target_again(backend):
     x, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     _, stats = torch.ops.fastnn.cross_entropy(x, target, None, 1, -100, 0.0)
     target[2] = 10**9
-    with pytest.raises(IndexError, match="Target 1000000000 is out of bounds"):
+    with refusing(backend, 10**9):
         torch.ops.fastnn.cross_entropy_backward(torch.ones(()), x, target, None, stats, 1, -100, 0.0)
 
 

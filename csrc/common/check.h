@@ -44,6 +44,11 @@ inline void check_same_dtype(const Tensor& tensor, const Tensor& reference, cons
                   torch::headeronly::toString(reference.scalar_type()));
 }
 
+inline void check_same_device(const Tensor& tensor, const Tensor& reference, const char* op, const char* name) {
+  STD_TORCH_CHECK(tensor.device() == reference.device(), op, ": ", name, " is on another device than ",
+                  "the other arguments");
+}
+
 inline void check_same_shape(const Tensor& tensor, const Tensor& reference, const char* op, const char* name) {
   bool same = tensor.dim() == reference.dim();
   for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == reference.size(d);

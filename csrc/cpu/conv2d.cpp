@@ -7,6 +7,7 @@
 #include "common/check.h"
 #include "common/conv_shape.h"
 #include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/conv2d_pointwise.h"
 #include "cpu/kernels/conv2d_pooled.h"
 #include "cpu/kernels/conv2d_winograd.h"
 #include "cpu/memory.h"
@@ -323,6 +324,26 @@ bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std:
   return finite;
 }
 
+bool is_pointwise(const TapConv& p) {
+  return p.groups == 1 && p.num_taps == 1 && p.planes.origin_h == 0 && p.planes.origin_w == 0 && !p.result.pool_code &&
+         channels_contiguous(p.source) && p.result.stride.c == 1;
+}
+
+void run_pointwise(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
+  const PointwiseKernels& kernels = pointwise_kernels();
+  const int64_t element = accumulator_size(dtype), panel = kernels.panel[element == 4];
+  const int64_t panels = ceil_div(p.group_results, panel), rows = p.batch * p.rows;
+  p.image_blocks = p.batch, p.row_blocks = p.rows;
+  p.channel_blocks = std::min(panels, ceil_div(2 * int64_t(torch::stable::get_num_threads()), rows));
+  p.scratch = p.cols * (panel + p.group_channels) * element;
+  const Scratch<char> packed(panels * panel * p.group_channels * element);
+  torch::stable::parallel_for(0, panels, ceil_div(4096, panel * p.group_channels), [&](int64_t begin, int64_t end) {
+    kernels.pack_weight[dtype](p, weight.data_ptr(), strides.data(), packed.get(), begin, end);
+  });
+  p.weight = packed.get();
+  run_tasks(p, kernels.run[dtype]);
+}
+
 // Packs the weight (strides: of group, result channel, reduced channel) and runs the problem.
 void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
   const ConvKernels& kernels = conv_kernels();
@@ -335,6 +356,7 @@ void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t,
                                 [&](int64_t begin, int64_t end) { depthwise_kernels().run[dtype](p, begin, end); });
     return;
   }
+  if (is_pointwise(p)) return run_pointwise(p, dtype, weight, strides);
   WinogradConv winograd = winograd_conv(p);
   if (is_winograd(winograd) && run_winograd(winograd, dtype, weight, strides)) return;
   plan(p, element, kernels.lanes[element == 4], kernels.tile_results);

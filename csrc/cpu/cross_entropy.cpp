@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <tuple>
 
-#include "common/check.h"
+#include "common/cross_entropy_call.h"
 #include "cpu/memory.h"
 
 namespace fastnn::cpu {
@@ -15,23 +15,7 @@ namespace {
 constexpr int64_t kGrain = 16 * 1024;    // logits a thread takes at the least: some 10 µs of work
 constexpr int64_t kRowChunk = 8 * 1024;  // rows that are added up in one go
 
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-ScalarType accumulator_dtype(const Tensor& input) {
-  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
-
-// The shape of the unreduced loss.
-std::vector<int64_t> loss_shape(const Tensor& input) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < input.dim(); ++d)
-    if (d != class_dim(input)) shape.push_back(input.size(d));
-  return shape;
-}
 
 // One element, without the cost of calling an operator.
 void write_scalar(void* data, ScalarType dtype, double value) {
@@ -63,120 +47,17 @@ double read_scalar(const void* data, ScalarType dtype) {
   }
 }
 
-Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
-  const Tensor cast = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-  return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
-}
-
-// ---- layouts ----
-
-enum class Layout { kRows, kColumns };
-
-// The one stride with which dims [begin, end), the class dimension left out, are walked in order; -1 if there is none.
-int64_t common_stride(const Tensor& tensor, int64_t begin, int64_t end) {
-  int64_t stride = 0, next = -1;
-  for (int64_t d = end - 1; d >= begin; --d) {
-    if (d == class_dim(tensor) || tensor.size(d) == 1) continue;
-    if (next >= 0 && tensor.stride(d) != next) return -1;
-    if (next < 0) stride = tensor.stride(d);
-    next = tensor.stride(d) * tensor.size(d);
-  }
-  return stride;
-}
-
-// Whether the tensor is an array of this layout as it lies, and if so that array.
-bool fits(const Tensor& tensor, Layout layout, ClassArray* array) {
-  const int64_t cls = class_dim(tensor);
-  const int64_t class_stride = tensor.size(cls) == 1 ? 1 : tensor.stride(cls);
-  if (layout == Layout::kRows) {
-    *array = {tensor.data_ptr(), common_stride(tensor, 0, tensor.dim()), 1};
-    return class_stride == 1 && array->outer_stride >= 0;
-  }
-  // In two dimensions the batch is the inner one, and there is no outer one.
-  const bool batched = tensor.dim() > 2;
-  *array = {tensor.data_ptr(), batched ? tensor.stride(0) : 0, class_stride};
-  return tensor.dim() > 1 && common_stride(tensor, batched ? 2 : 0, tensor.dim()) == 1;
-}
-
-// ---- one call ----
-
-struct Call {
-  CrossEntropyArgs args;
-  Layout layout;
-  Tensor logits;  // args points into it and the others
-  std::optional<Tensor> probabilities, grad_input, index, weight;
-};
-
-// Finds the layout in which all operands lie, gathering those that have none.
-void choose_layout(Call& call) {
-  auto& args = call.args;
-  const bool has_probabilities = args.target == kProbabilities, has_grad = call.grad_input.has_value();
-  for (Layout layout : {Layout::kRows, Layout::kColumns}) {
-    if (!fits(call.logits, layout, &args.logits)) continue;
-    if (has_grad && !fits(*call.grad_input, layout, &args.grad_input)) continue;
-    if (has_probabilities && !fits(*call.probabilities, layout, &args.probabilities)) {
-      Tensor gathered = fresh_like(call.logits);
-      if (!fits(gathered, layout, &args.probabilities)) continue;
-      torch::stable::copy_(gathered, *call.probabilities);
-      call.probabilities = gathered;
-    }
-    call.layout = layout;
-    return;
-  }
-  call.logits = torch::stable::contiguous(call.logits);
-  if (has_probabilities) call.probabilities = torch::stable::contiguous(*call.probabilities);
-  if (has_grad) call.grad_input = empty(call.logits.sizes(), call.logits.scalar_type());
-  choose_layout(call);  // contiguous tensors have one
-}
-
-Call make_call(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-               int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  dtype_of(input, op, "input");
-  STD_TORCH_CHECK(input.dim() >= 1, op, ": input has no dimensions");
-  STD_TORCH_CHECK(kNone <= reduction && reduction <= kSum, op, ": reduction is ", reduction, ", expected 0, 1 or 2");
-  STD_TORCH_CHECK(!(label_smoothing > 1), op, ": label_smoothing is ", label_smoothing, ", expected at most 1");
-  const double smoothing = label_smoothing > 0 ? label_smoothing : 0;
-  const ScalarType target_dtype = target.scalar_type();
-  const bool indexed = target_dtype == ScalarType::Long || target_dtype == ScalarType::Byte;
-
-  Call call{{}, {}, input, {}, {}, {}, {}};
-  auto& args = call.args;
-  args.target = !indexed ? kProbabilities : smoothing > 0 ? kSmoothedIndex : kIndex;
-  args.classes = input.size(class_dim(input));
-  args.rows = 1;
-  for (int64_t size : loss_shape(input)) args.rows *= size;
-  args.ignore_index = ignore_index;
-  args.keep = 1 - smoothing;
-  args.uniform = smoothing / double(args.classes);
-  if (indexed) {
-    STD_TORCH_CHECK(target.numel() == args.rows, op, ": target has shape ", shape_string(target), ", expected ",
-                    args.rows, " class indices for input ", shape_string(input));
-    call.index = contiguous_as(target, ScalarType::Long);
-    args.index = static_cast<const int64_t*>(call.index->data_ptr());
-  } else {
-    check_same_dtype(target, input, op, "target");
-    check_same_shape(target, input, op, "target");
-    call.probabilities = target;
-  }
-  const ScalarType accumulator = accumulator_dtype(input);
-  if (weight) {
-    check_same_dtype(*weight, input, op, "weight");
-    STD_TORCH_CHECK(weight->dim() == 1 && weight->numel() == args.classes, op, ": weight has shape ",
-                    shape_string(*weight), ", expected [", args.classes, "]");
-    call.weight = contiguous_as(*weight, accumulator);
-  } else if (args.target != kIndex) {
-    call.weight = empty({args.classes}, accumulator);
+// With a weight for every class where the kernels read one.
+CrossEntropyCall weighted_call(const char* op, const Tensor& input, const Tensor& target,
+                               const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
+                               double label_smoothing) {
+  CrossEntropyCall call = cross_entropy_call(op, input, target, weight, reduction, ignore_index, label_smoothing);
+  if (!weight && call.args.target != kIndex) {
+    call.weight = empty({call.args.classes}, accumulator_dtype(input));
     torch::stable::fill_(*call.weight, 1);
+    call.args.weight = call.weight->data_ptr();
   }
-  if (call.weight) args.weight = call.weight->data_ptr();
   return call;
-}
-
-void finish_layout(Call& call) {
-  choose_layout(call);
-  call.args.inner = call.layout == Layout::kRows ? 1
-                    : call.logits.dim() == 2     ? call.args.rows
-                                                 : call.args.rows / call.logits.size(0);
 }
 
 // sum(begin, end) over all rows, in chunks that do not depend on the number of threads.
@@ -237,7 +118,7 @@ double sum_weights(const CrossEntropyArgs& args) {
   return total;
 }
 
-double checked_total_weight(const Call& call, ScalarType accumulator) {
+double checked_total_weight(const CrossEntropyCall& call, ScalarType accumulator) {
   return accumulator == ScalarType::Double ? sum_weights<double>(call.args) : sum_weights<float>(call.args);
 }
 
@@ -248,7 +129,7 @@ int64_t tiles_of(const CrossEntropyArgs& args) {
 // Units of `logits` logits each a thread takes at the least.
 int64_t grain(int64_t logits) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, logits)); }
 
-void run_forward(const Call& call, DType dtype) {
+void run_forward(const CrossEntropyCall& call, DType dtype) {
   const auto& args = call.args;
   const auto& kernels = cross_entropy_kernels();
   const int64_t blocks = ceil_div(args.classes, kCrossEntropyBlock);
@@ -281,7 +162,8 @@ void* total_weight_of(const Tensor& stats) {
 
 std::tuple<Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t reduction,
                                          int64_t ignore_index, double label_smoothing) {
-  Call call = make_call("cross_entropy", input, target, weight, reduction, ignore_index, label_smoothing);
+  CrossEntropyCall call =
+      weighted_call("cross_entropy", input, target, weight, reduction, ignore_index, label_smoothing);
   auto& args = call.args;
   const ScalarType accumulator = accumulator_dtype(input);
   const double total = checked_total_weight(call, accumulator);
@@ -291,7 +173,7 @@ std::tuple<Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optio
   args.row_stats = stats.data_ptr();
   args.loss = losses.data_ptr();
   if (args.rows > 0) {
-    finish_layout(call);
+    choose_layout(call);
     run_forward(call, dtype_of(input, "cross_entropy", "input"));
   }
 
@@ -305,15 +187,11 @@ std::tuple<Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optio
 Tensor cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, std::optional<Tensor> weight,
                               Tensor stats, int64_t reduction, int64_t ignore_index, double label_smoothing) {
   const char* op = "cross_entropy_backward";
-  Call call = make_call(op, input, target, weight, reduction, ignore_index, label_smoothing);
+  CrossEntropyCall call = weighted_call(op, input, target, weight, reduction, ignore_index, label_smoothing);
   auto& args = call.args;
   const ScalarType accumulator = accumulator_dtype(input);
   checked_total_weight(call, accumulator);
-  check_same_dtype(grad_output, input, op, "grad_output");
-  STD_TORCH_CHECK(grad_output.numel() == (reduction == kNone ? args.rows : 1), op, ": grad_output has shape ",
-                  shape_string(grad_output));
-  STD_TORCH_CHECK(stats.numel() == 3 * args.rows + 1 && stats.scalar_type() == accumulator && stats.is_contiguous(), op,
-                  ": stats is not what cross_entropy returned");
+  check_cross_entropy_gradient(op, grad_output, input, stats, args.rows, reduction);
   args.row_stats = stats.data_ptr();
   args.grad_per_row = reduction == kNone;
   std::optional<Tensor> grad_rows;
@@ -331,7 +209,7 @@ Tensor cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, s
   Tensor grad_input = with_huge_pages(fresh_like(input));
   if (input.numel() == 0) return grad_input;
   call.grad_input = grad_input;
-  finish_layout(call);
+  choose_layout(call);
   const DType dtype = dtype_of(input, op, "input");
   const auto& kernels = cross_entropy_kernels();
   if (call.layout == Layout::kColumns) {

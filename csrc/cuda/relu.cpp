@@ -36,6 +36,7 @@ void relu_(Tensor self) {
 
 Tensor relu_backward(Tensor grad_output, Tensor result) {
   const char* op = "relu_backward";
+  check_same_device(grad_output, result, op, "grad_output");
   check_same_dtype(grad_output, result, op, "grad_output");
   check_same_shape(grad_output, result, op, "grad_output");
   const DType dtype = dtype_of(result, op, "result");

@@ -227,7 +227,7 @@ def _cross_entropy_covers(
         fits = fits and target.shape == shape and ignore_index < 0
     else:
         fits = fits and target.shape == (shape[:1] + shape[2:] if dim > 1 else ())
-        fits = fits and type(target) is Tensor and target.is_cpu and target.layout is torch.strided
+        fits = fits and type(target) is Tensor and target.device == input.device and target.layout is torch.strided
         if target.dtype is torch.uint8:  # native torch takes it in only some of its paths
             fits = fits and dim <= 2 and not (weight is not None and label_smoothing > 0)
         else:

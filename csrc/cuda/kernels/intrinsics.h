@@ -7,8 +7,9 @@
 
 #include "common/dtype.h"
 
-extern "C" __device__ void __assertfail(const char* condition, const char* file, unsigned line, const char* function,
-                                        size_t char_size);
+extern "C" __device__ __attribute__((noreturn)) void __assertfail(const char* condition, const char* file,
+                                                                  unsigned line, const char* function,
+                                                                  size_t char_size);
 
 namespace fastnn::cuda {
 
