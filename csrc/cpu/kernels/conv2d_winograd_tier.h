@@ -66,8 +66,8 @@ FASTNN_INLINE TileRun tile_run(const WinogradConv& w, int64_t tile, int64_t end)
 // `cols` pixels of a row as vectors of `lanes` channels. What lies `ahead` is prefetched: a run reads less of a row
 // than a hardware prefetcher needs to see.
 template <class T>
-FASTNN_INLINE void read_pixels(const T* p, int64_t stride_c, int64_t stride_w, int lanes, int cols, int64_t ahead,
-                               Vec<Accumulator<T>>* out) {
+FASTNN_INLINE void read_vectors(const T* p, int64_t stride_c, int64_t stride_w, int lanes, int cols, int64_t ahead,
+                                Vec<Accumulator<T>>* out) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   if (stride_c == 1) {
@@ -91,8 +91,8 @@ FASTNN_INLINE void read_pixels(const T* p, int64_t stride_c, int64_t stride_w, i
 
 // Row y of the padded source from column x on, `lanes` channels: a vector every kLineVectors at `to`.
 template <class T>
-void pack_pixels(const ConvSource& s, int64_t n, int64_t c, int lanes, int64_t y, int64_t x, int64_t cols,
-                 Accumulator<T>* to) {
+void pack_vectors(const ConvSource& s, int64_t n, int64_t c, int lanes, int64_t y, int64_t x, int64_t cols,
+                  Accumulator<T>* to) {
   using A = Accumulator<T>;
   constexpr int64_t L = kLanes<A>, kStep = kLineVectors * L;
   int64_t first = x < 0 ? -x : 0, last = s.width - x < cols ? s.width - x : cols;
@@ -102,11 +102,12 @@ void pack_pixels(const ConvSource& s, int64_t n, int64_t c, int lanes, int64_t y
   for (int64_t j = first; j < last; j += L) {
     const int count = int(last - j < L ? last - j : L);
     Vec<A> pixels[L], relu[L];
-    read_pixels(static_cast<const T*>(s.data) + n * s.stride.n + c * s.stride.c + y * s.stride.h + (x + j) * s.stride.w,
-                s.stride.c, s.stride.w, lanes, count, 2 * s.stride.h, pixels);
+    read_vectors(
+        static_cast<const T*>(s.data) + n * s.stride.n + c * s.stride.c + y * s.stride.h + (x + j) * s.stride.w,
+        s.stride.c, s.stride.w, lanes, count, 2 * s.stride.h, pixels);
     if (s.relu_output) {
       const Strides4& stride = s.relu_stride;
-      read_pixels(
+      read_vectors(
           static_cast<const T*>(s.relu_output) + n * stride.n + c * stride.c + y * stride.h + (x + j) * stride.w,
           stride.c, stride.w, lanes, count, 2 * stride.h, relu);
       for (int i = 0; i < count; ++i) pixels[i] = relu[i] <= Vec<A>{} ? Vec<A>{} : pixels[i];
@@ -165,8 +166,8 @@ void transform_input(const WinogradConv& w, int64_t c0, int64_t begin, int64_t e
       for (int64_t v = 0; v < kLineVectors && c + v * L < channels; ++v) {
         const int lanes = int(channels - c - v * L < L ? channels - c - v * L : L);
         for (int64_t i = left; i < 4; ++i)
-          pack_pixels<T>(source, run.n, c0 + c + v * L, lanes, 2 * run.row + i - w.conv.planes.origin_h,
-                         2 * run.col - w.conv.planes.origin_w, 2 * run.count + 2, rows[i] + v * L);
+          pack_vectors<T>(source, run.n, c0 + c + v * L, lanes, 2 * run.row + i - w.conv.planes.origin_h,
+                          2 * run.col - w.conv.planes.origin_w, 2 * run.count + 2, rows[i] + v * L);
         const A* at[4] = {rows[0] + v * L, rows[1] + v * L, rows[2] + v * L, rows[3] + v * L};
         input_products(at, run.count, products + (tile - begin) * s.channel_pitch + c + v * L, s.channel_pitch,
                        s.product);
@@ -256,7 +257,7 @@ void gemm(const A* products, int64_t pitch, const A* weight, int64_t channels, i
 
 // A row of `count` pixels, vectors of `lanes` channels, in the result's layout: channels or columns are neighbours.
 template <class T>
-void write_pixels(const Accumulator<T>* pixels, int64_t count, int lanes, T* to, int64_t stride_c, int64_t stride_w) {
+void write_vectors(const Accumulator<T>* pixels, int64_t count, int lanes, T* to, int64_t stride_c, int64_t stride_w) {
   using A = Accumulator<T>;
   constexpr int64_t L = kLanes<A>;
   if (stride_c == 1) {
@@ -359,8 +360,8 @@ Vec<Accumulator<T>> transform_output(const WinogradConv& w, int64_t m, int lanes
     T* to = static_cast<T*>(result.data) + run.n * result.stride.n + m * result.stride.c;
     if (result.pool_code) {
       check += pool_tiles(sums, width, s.sum, bias, count, line, codes);
-      write_pixels<T>(line, count, lanes, to + run.row * result.stride.h + run.col * result.stride.w, result.stride.c,
-                      result.stride.w);
+      write_vectors<T>(line, count, lanes, to + run.row * result.stride.h + run.col * result.stride.w, result.stride.c,
+                       result.stride.w);
       const Strides4& stride = result.code_stride;
       uint8_t* code = result.pool_code + run.n * stride.n + m * stride.c + run.row * stride.h + run.col * stride.w;
       for (int64_t i = 0; i < count; ++i)
@@ -371,9 +372,9 @@ Vec<Accumulator<T>> transform_output(const WinogradConv& w, int64_t m, int lanes
                          : result_tiles<A, false>(sums, width, s.sum, bias, count, line, next_line);
     const int64_t y = 2 * run.row, x = 2 * run.col, left = w.conv.cols - x, cols = 2 * count < left ? 2 * count : left;
     to += y * result.stride.h + x * result.stride.w;
-    write_pixels<T>(line, cols, lanes, to, result.stride.c, result.stride.w);
+    write_vectors<T>(line, cols, lanes, to, result.stride.c, result.stride.w);
     if (y + 1 < w.conv.rows)
-      write_pixels<T>(next_line, cols, lanes, to + result.stride.h, result.stride.c, result.stride.w);
+      write_vectors<T>(next_line, cols, lanes, to + result.stride.h, result.stride.c, result.stride.w);
   }
   return check;
 }
