@@ -110,8 +110,12 @@ def backend(name: str) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """The backend forced here, if one is."""
+    """The backend forced here, if one is. A compiled function keeps what this was when it was compiled."""
     return _forced.get()
+
+
+# What torch.compiler.assume_constant_result sets, without that function's import of the whole compiler.
+forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -125,8 +129,8 @@ def forced_to(name: str | None) -> Iterator[None]:
 
 
 def log_once(op: str, reason: str) -> None:
-    """One DEBUG line per operator and reason: why a call went to native torch."""
-    if (op, reason) not in _logged:
+    """One DEBUG line per operator and reason: why a call went to native torch. None while torch.compile traces."""
+    if not torch.compiler.is_compiling() and (op, reason) not in _logged:
         _logged.add((op, reason))
         logger.debug("%s: native torch, because %s", op, reason)
 
@@ -147,6 +151,9 @@ def choice(call: str, device_type: str) -> tuple[str, str]:
                 _choices[key] = candidate, ""
                 break
     return _choices[key]
+
+
+choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _device_type(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -197,13 +204,13 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
             return False
         device_type = elsewhere
         break
-    if _forced.get() is not None or device_type != "cpu":  # else the CPU's kernels, which are always there
+    if forced() is not None or device_type != "cpu":  # else the CPU's kernels, which are always there
         backend, reason = choice(op, device_type)
         if backend == "torch":
             if reason:
                 log_once(op, reason)
             return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._are_functorch_transforms_active():
         log_once(op, "of a torch.func transform")
         return False
     if forward_ad._current_level >= 0:
@@ -220,7 +227,7 @@ _operators: dict[str, Callable[..., Any]] = {}
 def kernel(operator: str) -> Callable[..., Any]:
     """What computes ``torch.ops.fastnn.<operator>`` in this call: what is registered for the tensors' device, or
     Triton's function where that is forced, unless a TorchDispatchMode has to see the operator."""
-    if _forced.get() == "triton" and torch._C._len_torch_dispatch_stack() == 0:
+    if forced() == "triton" and torch._C._len_torch_dispatch_stack() == 0:
         return triton.function(operator)
     return _operators[operator]
 

@@ -13,7 +13,9 @@ cd "$root"
 FASTNN_SANITIZE=address,undefined "$python" setup.py -q build_ext --build-lib build/asan --build-temp build/asan-temp
 (cd fastnn && find . -name '*.py' -exec cp --parents {} "$root/build/asan/fastnn" \;)
 
-cd build/asan # first on Python's path
+# The sanitized package first, then what some tests import from the repository's root.
+cd build/asan
+export PYTHONPATH="$root/build/asan:$root"
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libubsan.so)"
 export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 "$python" -c "import fastnn; assert '/build/asan/' in fastnn._C.__file__, fastnn._C.__file__"

@@ -15,6 +15,8 @@ from wheel import module_info, op_info
 import fastnn.nn as fnn
 import fastnn.nn.functional as F
 
+pytestmark = pytest.mark.kernels
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 HYPOTHESIS = settings(
@@ -154,7 +156,6 @@ def cast(value, dtype):
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_against_float64(backend, dtype):
     @HYPOTHESIS
@@ -258,7 +259,6 @@ def refusing(backend, bad):
     return pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\.")
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("bad", [-1, 5, 7, -100, 2**31, 2**32 + 1, 2**62, -(2**62)])
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 6), (2, 5, 3, 2), (5,)])
 def test_target_out_of_range(backend, bad, shape):
@@ -272,7 +272,6 @@ def test_target_out_of_range(backend, bad, shape):
             )
 
 
-@pytest.mark.kernels
 def test_backward_checks_the_target_again(backend):
     x, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     _, stats = torch.ops.fastnn.cross_entropy(x, target, None, 1, -100, 0.0)
@@ -281,7 +280,6 @@ def test_backward_checks_the_target_again(backend):
         torch.ops.fastnn.cross_entropy_backward(torch.ones(()), x, target, None, stats, 1, -100, 0.0)
 
 
-@pytest.mark.kernels
 def test_ignored_rows(backend):
     x = torch.randn(6, 50)
     x[1] = float("nan")
@@ -298,7 +296,6 @@ def test_ignored_rows(backend):
         assert F.cross_entropy(x, everything, reduction="sum", label_smoothing=smoothing) == 0
 
 
-@pytest.mark.kernels
 def test_uint8_and_strided_targets(backend):
     x, target = torch.randn(4, 5), torch.tensor([4, 0, 3, 1])
     expected = native.cross_entropy(x, target)
@@ -309,7 +306,6 @@ def test_uint8_and_strided_targets(backend):
     torch.testing.assert_close(F.cross_entropy(x, same), native.cross_entropy(x, same))
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(0, 5), (2, 5, 0), (0, 5, 3, 2)])
 def test_empty_batch(backend, shape, reduction):
@@ -322,7 +318,6 @@ def test_empty_batch(backend, shape, reduction):
 # ---- traps ----
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(8, 10), (8, 1000), (2, 20, 9)])
 def test_confident_rows(backend, dtype, shape):
@@ -334,7 +329,6 @@ def test_confident_rows(backend, dtype, shape):
     torch.testing.assert_close(actual.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 20000), (2, 30), (2, 200, 5)])
 def test_nothing_but_minus_infinity_at_first(backend, dtype, shape):
@@ -347,7 +341,6 @@ def test_nothing_but_minus_infinity_at_first(backend, dtype, shape):
     assert_as_accurate_as_native(x, torch.full(shape[:1] + shape[2:], shape[1] - 1), reduction="none")
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("how", ["expanded", "strided", "reversed"])
 @pytest.mark.parametrize("shape", [(6, 10), (6, 100), (6, 5, 7)])
 def test_any_grad_output(backend, how, shape):
@@ -361,7 +354,6 @@ def test_any_grad_output(backend, how, shape):
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_rows(backend, dtype):
     """Native's own 16-bit mean goes wrong here."""
@@ -370,7 +362,6 @@ def test_many_rows(backend, dtype):
     torch.testing.assert_close(F.cross_entropy(x, target).double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("shape", [(3, 20000), (10, 9000), (20, 9000), (5000, 10), (200, 100), (3, 20, 700), (700, 3)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_same_bits_every_time(backend, shape, reduction):
@@ -389,7 +380,6 @@ def test_same_bits_every_time(backend, shape, reduction):
         assert torch.equal(grad, results[0][1])
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("shape", [(40, 20000), (40, 10), (40, 100)])
 def test_row_does_not_depend_on_its_batch(backend, shape):
     x, target = torch.randn(shape), torch.randint(shape[1], shape[:1])

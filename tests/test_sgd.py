@@ -11,6 +11,8 @@ from optimizers import TYPICAL, Pair, values_of
 import fastnn.ops.sgd
 import fastnn.optim
 
+pytestmark = pytest.mark.kernels
+
 
 def op_args(requires_grad=False):
     params = [torch.randn(5, 3, requires_grad=requires_grad), torch.randn(4, dtype=torch.float64)]

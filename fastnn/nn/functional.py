@@ -46,7 +46,8 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if has_torch_function_unary(input):  # torch's own protocol, which fastnn.convert and torch.fx build on
         return handle_torch_function(native.relu, (input,), input, inplace=inplace)
-    if not use_kernels("relu", input) or (inplace and not _writable(input)):
+    # torch.compile fuses its own ReLU into what stands beside it, and could not fuse an operator of ours.
+    if not use_kernels("relu", input) or torch.compiler.is_compiling() or (inplace and not _writable(input)):
         return native.relu(input, inplace)
     return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import _C
 from fastnn.optim.step import FusedStep, states_of, updated
 
 
@@ -33,19 +32,23 @@ class Adam(FusedStep, torch.optim.Adam):
         lr, (beta1, beta2) = group["lr"], group["betas"]
         if group["foreach"] and any(isinstance(x, Tensor) for x in (lr, beta1, beta2)):
             return False  # an error of torch's
-        states = states_of(self, params)
-        if not all(states):
-            self._init_group(group, [], [], [], [], [], [])
+        if torch.compiler.is_compiling():  # the compiler knows where these come from
+            lists: list[list[Tensor]] = [[], [], [], [], [], []]
+            self._init_group(group, *lists)
+        else:
             states = states_of(self, params)
-        return skipped or updated(
-            "adam",
-            _C.adam_,
-            params,
-            grads,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
-            [s["step"] for s in states],
+            if not all(states):
+                self._init_group(group, [], [], [], [], [], [])
+                states = states_of(self, params)
+            lists = [
+                params,
+                grads,
+                [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states],
+                [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
+                [s["step"] for s in states],
+            ]
+        options = (
             float(lr),
             float(beta1),
             float(beta2),
@@ -56,6 +59,7 @@ class Adam(FusedStep, torch.optim.Adam):
             bool(group["decoupled_weight_decay"]),
             grad_scale,
         )
+        return skipped or updated("adam", lists, options)
 
 
 class AdamW(Adam, torch.optim.AdamW):

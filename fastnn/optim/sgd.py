@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as native_sgd
 
-from fastnn.dispatch import _C
 from fastnn.optim.step import FusedStep, states_of, updated
 
 
@@ -87,12 +86,7 @@ class SGD(FusedStep, torch.optim.SGD):
         if not skipped:
             for i in first_steps:
                 buffers[i] = torch.empty_like(params[i])
-            if not updated(
-                "sgd",
-                _C.sgd_,
-                params,
-                grads,
-                buffers,
+            options = (
                 first_steps,
                 float(group["lr"]),
                 float(group["momentum"]),
@@ -102,7 +96,8 @@ class SGD(FusedStep, torch.optim.SGD):
                 bool(group["maximize"]),
                 bool(group["lr_in_velocity"]),
                 grad_scale,
-            ):
+            )
+            if not updated("sgd", [params, grads, buffers], options):
                 return False
         for i in first_steps:
             self.state[params[i]]["momentum_buffer"] = buffers[i]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,18 +31,23 @@ class FusedStep(torch.optim.Optimizer):
 
     def _fused_step(self, group: dict[str, Any]) -> bool:
         """Whether the kernels made the group's step; where not, nothing has changed."""
-        if torch.compiler.is_compiling() or not use_kernels(self._op):
+        if not use_kernels(self._op):
             return False
-        if torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
             log_once(self._op, "of an active TorchDispatchMode")
             return False
-        for option in ("capturable", "differentiable"):
+        for option in ("differentiable",) if compiling else ("differentiable", "capturable"):  # the compiler sets that
             if group.get(option):
                 log_once(self._op, f"of {option}=True")
                 return False
         params, grads = params_and_grads(group)
         if not params:
             return True
+        if compiling and not all(map(use_kernels, [self._op] * len(params), params, grads)):
+            return False
+        if compiling and isinstance(group["lr"], Tensor):  # its value is not known yet
+            return False
         skipped = bool(getattr(self, "found_inf", None) or 0)  # any number but 0
         grad_scale = getattr(self, "grad_scale", None)
         return self._update(group, params, grads, skipped, None if grad_scale is None else float(grad_scale))
@@ -84,10 +89,14 @@ def states_of(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[di
     return [state.get(p, {}) for p in params]
 
 
-def updated(op: str, kernel: Callable[..., None], *args: Any) -> bool:
-    """Runs ``kernel`` on lists of tensors. False where it does not take one of them: nothing has changed then."""
+def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[Any, ...]) -> bool:
+    """Runs the kernel on lists of tensors. False where it does not take one of them: nothing has changed then."""
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            getattr(torch.ops.fastnn, f"{op}_")(*lists, *options)
+        return True
     try:
-        kernel(*args)
+        getattr(_C, f"{op}_")(*lists, *options)
     except _C.NotCovered as refusal:
         log_once(op, str(refusal))
         return False

@@ -349,7 +349,10 @@ void pool_row(A* row, int64_t pitch, const PoolShape& pool, uint8_t* code, int64
       }
       element = best <= Vec<A>{} ? Mask<A>{} + kPoolNone : element;
       store(row + px, best);
-      for (int i = 0; i < L; ++i) code[(px + i) * code_step] = uint8_t(element[i]);
+      if (code_step == 1)
+        store_bytes(code + px, element);
+      else
+        for (int i = 0; i < L; ++i) code[(px + i) * code_step] = uint8_t(element[i]);
     }
   }
   for (; px < pool.out_w; ++px) {

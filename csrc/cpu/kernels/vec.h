@@ -104,13 +104,19 @@ FASTNN_INLINE void store(f16* p, FloatVec v) {
 #endif
 }
 
-// As many bytes as A has lanes, widened to its mask's integers.
-template <class A>
-FASTNN_INLINE Mask<A> load_bytes(const uint8_t* p) {
-  typedef uint8_t Bytes __attribute__((vector_size(FASTNN_VECTOR_BYTES / sizeof(A))));
-  Bytes bytes;
-  __builtin_memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, Mask<A>);
+// Integers of 0 to 255, a byte each.
+FASTNN_INLINE void store_bytes(uint8_t* p, Int32Vec v) {
+#if FASTNN_VECTOR_BYTES == 64
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#elif FASTNN_VECTOR_BYTES == 32
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = uint8_t(v[i]);
+#endif
+}
+FASTNN_INLINE void store_bytes(uint8_t* p, Int64Vec v) {
+  for (int i = 0; i < kLanes<double>; ++i) p[i] = uint8_t(v[i]);
 }
 
 // The first n (0 <= n <= lanes) elements; the other lanes are zero, and their memory is not touched.

@@ -1,0 +1,223 @@
+"""torch.compile(fullgraph=True) and torch.export: values and gradients as in eager, through the same kernels, with at
+most one recompilation over three batch sizes.
+
+Most tests compile with aot_eager, all of the compiler but its last stage, which takes g++ seconds a graph; the user's
+program goes through the whole of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastnn
+import fastnn.nn as nn
+import fastnn.nn.functional as F
+import fastnn.optim
+from examples.compare import load_program
+
+BATCHES = (2, 3, 5)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def operators(counter: CompileCounterWithBackend) -> set[str]:
+    """The operators of fastnn in what was compiled."""
+    targets = {str(node.target) for graph in counter.graphs for node in graph.graph.nodes}
+    return {target.split(".")[1] for target in targets if target.startswith("fastnn.")}
+
+
+def results(function: Callable[..., Tensor], inputs: tuple[Any, ...], parameters: list[Tensor]) -> list[Tensor]:
+    """The value of the function, and the gradients of its floating-point inputs and of the parameters."""
+    inputs = tuple(t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs)
+    output = function(*inputs)
+    leaves = [t for t in (*inputs, *parameters) if t.requires_grad]
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
+
+
+def check(function: Callable[..., Tensor], inputs: Callable[[int], tuple[Any, ...]], expected: set[str]) -> None:
+    parameters = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for n in BATCHES:
+        args = inputs(n)
+        for c, e in zip(results(compiled, args, parameters), results(function, args, parameters), strict=True):
+            torch.testing.assert_close(c, e, rtol=1e-12, atol=1e-12)
+            assert c.stride() == e.stride()
+    assert counter.frame_count <= 2
+    assert operators(counter) == expected
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def channels_last(*shape: int) -> Tensor:
+    return randn(*shape).contiguous(memory_format=torch.channels_last)
+
+
+W, B, CLASS_WEIGHT = randn(4, 3, 3, 3), randn(4), randn(5).exp()
+POOLED, CONV, LOSS = {"conv2d_relu_max_pool2d"}, {"conv2d"}, {"cross_entropy"}
+CALLS = {
+    "relu": (F.relu, lambda n: (randn(n, 5),), set()),  # native's, which the compiler fuses
+    "relu in place": (lambda x: F.relu(x * 2, inplace=True), lambda n: (randn(n, 5),), set()),
+    "conv2d": (lambda x, w, b: F.conv2d(x, w, b, 2, 1), lambda n: (randn(n, 3, 9, 8), W, B), CONV),
+    "conv2d, channels_last": (F.conv2d, lambda n: (channels_last(n, 3, 8, 8), W, B), CONV),
+    "conv2d, depthwise": (
+        lambda x, w: F.conv2d(x, w, padding="same", groups=3),
+        lambda n: (randn(n, 3, 8, 8), randn(3, 1, 3, 3)),
+        CONV,
+    ),
+    "conv2d, image sizes": (F.conv2d, lambda n: (randn(3, 8 + n, 9 * n), W, B), CONV),
+    "conv2d_relu": (F.conv2d_relu, lambda n: (randn(n, 3, 8, 8), W, B), CONV),
+    "conv2d_relu_max_pool2d": (F.conv2d_relu_max_pool2d, lambda n: (randn(n, 3, 8, 8), W, B), POOLED),
+    "cross_entropy": (F.cross_entropy, lambda n: (randn(n, 5), torch.arange(n) % 5), LOSS),
+    "cross_entropy, probabilities": (
+        lambda x, t: F.cross_entropy(x, t, CLASS_WEIGHT, label_smoothing=0.1, reduction="none"),
+        lambda n: (randn(n, 5, 4), randn(n, 5, 4).softmax(1)),
+        LOSS,
+    ),
+    "nn.ReLU": (nn.ReLU(), lambda n: (randn(n, 5),), set()),
+    "nn.Conv2d": (nn.Conv2d(3, 4, 3).double(), lambda n: (randn(n, 3, 8, 8),), CONV),
+    "nn.Conv2d, circular": (
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular").double(),
+        lambda n: (randn(n, 3, 8, 8),),
+        CONV,
+    ),
+    "nn.ConvReLU2d": (nn.ConvReLU2d(3, 4, 3, groups=1).double(), lambda n: (randn(n, 3, 8, 8),), CONV),
+    "nn.ConvReLUMaxPool2d": (nn.ConvReLUMaxPool2d(3, 4, 3).double(), lambda n: (randn(n, 3, 8, 8),), POOLED),
+    "nn.CrossEntropyLoss": (nn.CrossEntropyLoss(), lambda n: (randn(n, 5), torch.arange(n) % 5), LOSS),
+    # What no kernel covers is compiled natively.
+    "integers": (lambda x, y: x * F.relu(y), lambda n: (randn(n, 5), torch.arange(5)), set()),
+    "mixed dtypes": (
+        lambda x, t: F.cross_entropy(x, t.float()),
+        lambda n: (randn(n, 5), randn(n, 5).softmax(1)),
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(name):
+    check(*CALLS[name])
+
+
+def test_per_sample_gradients():
+    per_sample = torch.vmap(torch.func.grad(lambda x, w: F.conv2d(x, w).pow(3).sum(), argnums=1), in_dims=(0, None))
+    compiled = torch.compile(per_sample, fullgraph=True, backend="aot_eager")
+    x = randn(4, 3, 6, 6)
+    torch.testing.assert_close(compiled(x, W), per_sample(x, W))
+
+
+def test_backend_is_that_of_when_it_was_compiled():
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda x, w: F.conv2d(x, w), fullgraph=True, backend=counter)
+    with fastnn.backend("torch"):
+        compiled(randn(1, 3, 8, 8), W)
+    assert operators(counter) == set()
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["imports", "converted"])
+def test_the_users_program(converted):
+    """The model, the loss and backward through the whole compiler, and three steps of a compiled optimizer."""
+    pytest.importorskip("tqdm")
+    pytest.importorskip("PIL")
+    program = load_program(native=False)
+    eager = program.CNN(16, 10).double()
+    model = copy.deepcopy(eager)
+    if converted:
+        fastnn.convert(model)
+    criterion = program.nn.CrossEntropyLoss()
+    counter = CompileCounterWithBackend("inductor")
+    loss_of = torch.compile(lambda x, t: criterion(model(x), t), fullgraph=True, backend=counter)
+    optimizers = [program.optim.Adam(m.parameters()) for m in (eager, model)]
+    step = torch.compile(lambda: optimizers[1].step(), fullgraph=True, backend="aot_eager")
+    for n in BATCHES:
+        images, labels = randn(n, 3, 16, 16), torch.randint(10, (n,))
+        exact, loss = criterion(eager(images), labels), loss_of(images, labels)
+        torch.testing.assert_close(loss, exact, rtol=1e-12, atol=1e-12)
+        for optimizer, value in zip(optimizers, (exact, loss), strict=True):
+            optimizer.zero_grad()
+            value.backward()
+        optimizers[0].step()
+        step()
+        for p, e in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, e.grad, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(p, e, rtol=1e-9, atol=1e-9)
+    assert counter.frame_count <= 2
+    assert operators(counter) == {"conv2d", "cross_entropy"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("Adam", {"amsgrad": True}),
+        ("AdamW", {"maximize": True}),
+        ("SGD", {"weight_decay": 0.1}),
+        ("SGD", {"momentum": 0.9, "nesterov": True}),
+        ("SGD", {"momentum": 0.9, "lr_in_velocity": True}),
+    ],
+)
+def test_optimizer_steps(name, kwargs):
+    """Bit for bit what the eager step gives, over a change of lr."""
+    values = [torch.randn(4, 3), randn(5)]
+    eager, compiled = (
+        getattr(fastnn.optim, name)([torch.nn.Parameter(v.clone()) for v in values], lr=0.1, **kwargs) for _ in range(2)
+    )
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(compiled.step, fullgraph=True, backend=counter)
+    for lr in (0.1, 0.1, 0.05):
+        for optimizer in (eager, compiled):
+            optimizer.param_groups[0]["lr"] = lr
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = p.detach().cos()
+        eager.step()
+        step()
+    assert operators(counter) == {"sgd_" if name == "SGD" else "adam_"}
+    torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), rtol=0, atol=0)
+    for c, e in zip(compiled.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True):
+        assert torch.equal(c, e)
+
+
+@pytest.mark.parametrize("what", ["a tensor lr", "a complex parameter"])
+def test_optimizer_steps_that_are_natives(what):
+    values = [
+        torch.randn(4, 3),
+        torch.randn(2, dtype=torch.complex64 if what == "a complex parameter" else torch.float32),
+    ]
+    lr = torch.tensor(0.1) if what == "a tensor lr" else 0.1
+    native, ours = (
+        cls([torch.nn.Parameter(v.clone()) for v in values], lr=lr) for cls in (torch.optim.SGD, fastnn.optim.SGD)
+    )
+    step = torch.compile(ours.step, backend="eager")
+    for _ in range(2):
+        for optimizer in (native, ours):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = p.detach().cos()
+        native.step()
+        step()
+    for o, n in zip(ours.param_groups[0]["params"], native.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(o, n)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.ConvReLU2d(4, 4, 3), nn.ConvReLUMaxPool2d(4, 2, 3)
+    ).double()
+    batch = torch.export.Dim("batch", min=1)
+    exported = torch.export.export(model, (randn(2, 3, 12, 12),), dynamic_shapes=[{0: batch}], strict=strict).module()
+    for n in BATCHES:
+        x = randn(n, 3, 12, 12)
+        torch.testing.assert_close(exported(x), model(x))
