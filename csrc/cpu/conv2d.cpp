@@ -325,7 +325,8 @@ bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std:
 }
 
 bool is_pointwise(const TapConv& p) {
-  return p.groups == 1 && p.num_taps == 1 && p.planes.origin_h == 0 && p.planes.origin_w == 0 && !p.result.pool_code &&
+  return p.groups == 1 && p.num_taps == 1 && p.planes.origin_h == 0 && p.planes.origin_w == 0 &&
+         p.rows <= p.source.height && p.cols <= p.source.width && !p.result.pool_code &&
          channels_contiguous(p.source) && p.result.stride.c == 1;
 }
 

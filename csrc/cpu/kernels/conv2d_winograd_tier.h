@@ -304,7 +304,6 @@ FASTNN_INLINE void results_of_tile(const A* sums, int64_t sum, Vec<A> bias, Vec<
 // Max-pools the 2 x 2 results of `count` tiles, as torch: the first of equal maxima. `codes`: a byte a lane.
 template <class A>
 Vec<A> pool_tiles(const A* sums, int64_t width, int64_t sum, Vec<A> bias, int64_t count, A* line, uint8_t* codes) {
-  typedef uint8_t Bytes __attribute__((vector_size(FASTNN_VECTOR_BYTES / sizeof(A))));
   constexpr int64_t L = kLanes<A>;
   Vec<A> check{}, out[4];
   for (int64_t i = 0; i < count; ++i) {
@@ -318,8 +317,7 @@ Vec<A> pool_tiles(const A* sums, int64_t width, int64_t sum, Vec<A> bias, int64_
       best = max(best, out[j]);
     }
     store(line + i * L, max(Vec<A>{}, best));
-    const Bytes code = __builtin_convertvector(best <= Vec<A>{} ? Mask<A>{} + kPoolNone : element, Bytes);
-    __builtin_memcpy(codes + i * L, &code, sizeof code);
+    store_bytes(codes + i * L, best <= Vec<A>{} ? Mask<A>{} + kPoolNone : element);
   }
   return check;
 }
