@@ -439,6 +439,82 @@ def test_padding_of_each_side(backend, channels):
         assert_same(a, e, name)
 
 
+DEPTHWISE_LAYOUTS = [
+    ("contiguous", "contiguous"),
+    ("channels_last", "channels_last"),
+    ("contiguous", "channels_last"),
+    ("channels_last", "contiguous"),
+    ("sliced", "offset"),
+    ("offset", "sliced"),
+    ("transposed", "transposed"),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("layouts", DEPTHWISE_LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("stride", [1, 2, 3, (1, 2), (2, 1), (4, 5)], ids=str)
+def test_depthwise(backend, stride, layouts, dtype):
+    """Every tail of columns and channels, in every way to read and to interleave lines, with and without ReLU."""
+    torch.manual_seed(0)
+    for width, channels, kernel, more in [
+        (1, 3, (1, 1), {"padding": 1}),
+        (3, 8, (3, 3), {"padding": 1}),
+        (7, 17, (3, 3), {"padding": 1}),
+        (8, 5, (5, 5), {"padding": 2}),
+        (13, 2, (2, 4), {"padding": (0, 3)}),
+        (16, 16, (3, 3), {"padding": 1}),
+        (18, 33, (3, 3), {"padding": (1, 2), "dilation": (2, 3)}),
+        (27, 1, (3, 3), {"padding": 0}),
+        (33, 9, (4, 1), {"padding": (4, 0)}),
+        (47, 4, (7, 7), {"padding": 3}),
+        (66, 2, (1, 9), {"padding": 4}),
+        (35, 2, (10, 9), {"padding": 5}),  # more taps than the kernels of their own take
+    ]:
+        case = Case((2, channels, 11, width), (channels, 1, *kernel), layouts=(layouts[0], "contiguous", layouts[1]))
+        kwargs = {"stride": stride, "groups": channels, **more}
+        inputs = case.tensors(partial(integers, dtype))
+        exact_inputs = tuple(map(to_float64, inputs))
+        for op in (CONV2D, CONV2D_RELU):
+            grad_output = case.grad_output(op.native(*exact_inputs, **kwargs), partial(integers, dtype))
+            exact = values_and_gradients(partial(op.native, **kwargs), exact_inputs, to_float64(grad_output))
+            actual = values_and_gradients(partial(op.ours, **kwargs), inputs, grad_output)
+            for name, a, e in zip(NAMES, actual, exact, strict=True):
+                assert_same(a, e.to(dtype), f"width {width} {name}")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_padding_is_not_multiplied(backend, stride, layout):
+    """An infinite weight or gradient meets no zero of the padding: what is not finite is so by the sum's own terms."""
+    torch.manual_seed(0)
+    x, w, b = Case((2, 20, 9, 19), (20, 1, 3, 3)).tensors(partial(normals, torch.float64))
+    w[3, 0, 0, 1], w[4, 0, 2, 2], w[18, 0, 1, 0] = torch.inf, torch.nan, -torch.inf
+    kwargs = {"stride": stride, "padding": 1, "groups": 20}
+    grad_output = normals(torch.float64, tuple(native.conv2d(x, w, b, **kwargs).shape))
+    grad_output[0, 7, 0, 4], grad_output[1, 8, -1, -1], grad_output[0, 19, 2, 0] = torch.inf, -torch.inf, torch.nan
+    rows, cols = grad_output.shape[2:]
+    output = b.view(-1, 1, 1) + torch.zeros_like(grad_output)
+    grad_input, grad_weight = torch.zeros_like(x), torch.zeros_like(w)
+    for r in range(3):
+        for q in range(3):
+            ys = [y for y in range(rows) if 0 <= y * stride + r - 1 < x.shape[2]]
+            xs = [i for i in range(cols) if 0 <= i * stride + q - 1 < x.shape[3]]
+            out = (..., slice(ys[0], ys[-1] + 1), slice(xs[0], xs[-1] + 1))
+            inside = (
+                ...,
+                slice(ys[0] * stride + r - 1, ys[-1] * stride + r, stride),
+                slice(xs[0] * stride + q - 1, xs[-1] * stride + q, stride),
+            )
+            tap = w[:, :, r, q].unsqueeze(-1)
+            output[out] += tap * x[inside]
+            grad_input[inside] += tap * grad_output[out]
+            grad_weight[:, 0, r, q] = (x[inside] * grad_output[out]).sum((0, 2, 3))
+    exact = (output, grad_input, grad_weight, grad_output.sum((0, 2, 3)))
+    actual = values_and_gradients(partial(F.conv2d, **kwargs), (LAYOUTS[layout](x), w, b), LAYOUTS[layout](grad_output))
+    for name, a, e in zip(NAMES, actual, exact, strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     "grads", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,32 @@ def test_exports_all_that_torch_does(ours, native):
             assert issubclass(getattr(ours, name), theirs), name
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = ours.no_such_name
+
+
+def test_type_checkers_see_all_that_torch_has(tmp_path):
+    """mypy knows each name of torch's here too, and flags a misspelt one."""
+    pytest.importorskip("mypy")
+    modules = {"nn": torch.nn, "nn.functional": torch.nn.functional, "optim": torch.optim}
+    names = [
+        (module, name) for module, native in modules.items() for name in dir(native) if not name.startswith("_")
+    ] + [("nn", "Liner"), ("nn.functional", "rellu"), ("optim", "Adma")]
+    for package in ("torch", "fastnn"):
+        imports = "; ".join(f"import {package}.{module}" for module in modules)
+        lines = [imports, *(f"{package}.{module}.{name}" for module, name in names)]
+        (tmp_path / f"{package}_names.py").write_text("\n".join(lines))
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--config-file=", str(tmp_path)],
+        env=os.environ | {"MYPYPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    unknown: dict[str, set[tuple[str, str]]] = {"torch": set(), "fastnn": set()}
+    for line in done.stdout.splitlines():
+        if found := re.match(r"(?:.*/)?(\w+)_names\.py:(\d+): error", line):
+            unknown[found[1]].add(names[int(found[2]) - 2])
+    assert {("nn", "Liner"), ("nn.functional", "rellu"), ("optim", "Adma")} <= unknown["fastnn"] <= unknown["torch"]
 
 
 def test_what_is_replaced():

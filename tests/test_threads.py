@@ -62,6 +62,12 @@ CALLS: dict[str, Callable[[], tuple[Tensor, list[Tensor]]]] = {
     "conv2d 7x7 stride 2": lambda: conv(F.conv2d, leaf(4, 3, 64, 64), leaf(32, 3, 7, 7), padding=3, stride=2),
     "conv2d 1x1": lambda: conv(F.conv2d, leaf(4, 64, 28, 28), leaf(64, 64, 1, 1)),
     "conv2d depthwise": lambda: conv(F.conv2d, leaf(4, 32, 40, 40), leaf(32, 1, 3, 3), padding=1, groups=32),
+    "conv2d depthwise channels_last": lambda: conv(
+        F.conv2d, leaf(2, 72, 61, 40, channels_last=True), leaf(72, 1, 3, 3), padding=1, groups=72
+    ),
+    "conv2d depthwise stride 2": lambda: conv(
+        F.conv2d, leaf(1, 6, 160, 61), leaf(6, 1, 5, 5), padding=2, stride=2, groups=6
+    ),
     "conv2d groups": lambda: conv(F.conv2d, leaf(4, 32, 30, 30), leaf(32, 8, 3, 3), padding=1, groups=4),
     "conv2d_relu": lambda: conv(F.conv2d_relu, leaf(4, 16, 40, 40), leaf(24, 16, 3, 3), padding=1),
     "conv2d_relu_max_pool2d": lambda: conv(F.conv2d_relu_max_pool2d, leaf(4, 3, 64, 64), leaf(32, 3, 3, 3), padding=1),

@@ -7,6 +7,7 @@
 #include "common/check.h"
 #include "common/conv_shape.h"
 #include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/conv2d_depthwise.h"
 #include "cpu/kernels/conv2d_pointwise.h"
 #include "cpu/kernels/conv2d_pooled.h"
 #include "cpu/kernels/conv2d_winograd.h"
@@ -260,20 +261,161 @@ void run_tasks(const Plan& plan, Kernel kernel) {
   });
 }
 
-bool channels_contiguous(const ConvSource& s) { return s.stride.c == 1 && (!s.relu_output || s.relu_stride.c == 1); }
+// ---- one channel a group ----
 
-template <class Problem>
-bool is_depthwise(const Problem& p) {
-  return p.groups > 1 && p.group_channels == 1 && p.group_results == 1 && p.num_taps <= kDepthwiseMaxTaps &&
-         channels_contiguous(p.source);
+constexpr int64_t kDepthwiseGrain = 16 << 10;        // elements a thread takes at the least
+constexpr int64_t kDepthwiseLinesBytes = 256 << 10;  // lines of many channels: a part of the L2 cache
+constexpr int64_t kDepthwisePlaneBytes = 16 << 10;   // lines of one channel: a part of the L1 cache
+constexpr int64_t kDepthwiseBlockRows = 8;           // of a task at the least, as its first lines are packed twice
+constexpr int64_t kDepthwisePlanes = 16;             // channels of NCHW whose gradients a task sums image by image
+
+// Whether neighbours along a dimension are neighbours in memory; `dim` picks it from the strides.
+bool contiguous_along(int64_t Strides4::* dim, const ConvSource& s) {
+  return s.stride.*dim == 1 && (!s.relu_output || s.relu_stride.*dim == 1);
 }
 
-constexpr int64_t kDepthwiseRowGrain = 16 * 1024, kPackGrain = 16 * 1024;  // elements a thread takes at the least
+// The lines of a problem's source, of which a result reads `down` rows and `right` plane columns past its first.
+DepthwiseLines plan_lines(bool by_channel, const Planes& p, int64_t rows, int64_t cols, int64_t down, int64_t right,
+                          int64_t channels, int64_t element) {
+  DepthwiseLines l{};
+  l.by_channel = by_channel, l.step_h = p.step_h, l.step_w = p.step_w;
+  l.origin_h = p.origin_h, l.origin_w = p.origin_w;
+  l.columns = l.pitch = cols + right;
+  // An odd number of cache lines: pixels that lie a power of two apart would share cache sets.
+  l.pixel = by_channel ? (ceil_div(channels, kDepthwiseVector) | 1) * kDepthwiseVector : 1;
+  // Room for the row's alignment and for vectors that reach past it.
+  if (!by_channel)
+    l.pitch = (ceil_div(std::max(cols, kDepthwiseVector) + right, kDepthwiseVector) + 2) * kDepthwiseVector;
+  l.size = p.step_w * l.pitch * l.pixel;
+  for (l.rows = 0; l.rows == 0 || (!by_channel && l.rows < rows && l.bytes(element) < kDepthwisePlaneBytes);) {
+    l.rows += kDepthwiseRows;
+    l.table_rows = ceil_div((l.rows - 1) * p.step_h + down + 1, p.step_h);
+    l.ring = l.table_rows * p.step_h;
+  }
+  return l;
+}
+
+// Channels a task takes of channels_last memory: as many as keep its lines in the cache, in whole cache lines.
+int64_t channels_that_fit(const DepthwiseLines& l, int64_t channels, int64_t element) {
+  const int64_t blocks = ceil_div(l.bytes(element), kDepthwiseLinesBytes);
+  return std::min(channels, std::max<int64_t>(64, ceil_div(channels, 16 * blocks) * 16));
+}
+
+// The last source row, of the first a result could read, that it does.
+int64_t reach_h(const Planes& p, const Tap* taps, int64_t count) {
+  int64_t reach = 0;
+  for (const Tap* tap = taps; tap < taps + count; ++tap)
+    reach = std::max(reach, tap->row * p.step_h + p.phase_h[tap->phase]);
+  return reach;
+}
+
+// Runs a problem whose result falls into up_h x up_w phases (a gradient of the input with a stride; otherwise 1 x 1),
+// of a tensor with strides `result`. False where no kernel takes these layouts. weight_stride: of the channel.
+bool run_depthwise(const std::vector<TapConv>& phases, int64_t up_h, int64_t up_w, const Strides4& result, DType dtype,
+                   const Tensor& weight, int64_t weight_stride) {
+  const DepthwiseKernels& kernels = depthwise_kernels();
+  const int64_t element = accumulator_size(dtype), threads = torch::stable::get_num_threads();
+  const TapConv& first = phases.front();
+  const bool by_column = result.w == 1 && contiguous_along(&Strides4::w, first.source);
+  const bool by_channel = first.groups > 1 && result.c == 1 && contiguous_along(&Strides4::c, first.source);
+  int64_t taps = 0;
+  for (const TapConv& p : phases) taps += p.num_taps;
+  if (first.group_channels > 1 || first.group_results > 1 || taps > kDepthwiseMaxTaps || !(by_column || by_channel) ||
+      first.result.pool_code)
+    return false;
+
+  // All phases read the same lines: those of the phase that starts first, up to the one that ends last.
+  DepthwiseConv d{};
+  Planes planes = first.planes;
+  for (const TapConv& p : phases) {
+    planes.origin_h = std::max(planes.origin_h, p.planes.origin_h);
+    planes.origin_w = std::max(planes.origin_w, p.planes.origin_w);
+    d.rows = std::max(d.rows, p.rows), d.cols = std::max(d.cols, p.cols);
+  }
+  int64_t down = 0, right = 0;
+  for (const TapConv& p : phases) {
+    down = std::max(down, reach_h(p.planes, p.taps, p.num_taps) + planes.origin_h - p.planes.origin_h);
+    right = std::max(right, p.planes.halo_w + planes.origin_w - p.planes.origin_w);
+  }
+  const auto lines = [&](int64_t channels) {
+    return plan_lines(!by_column, planes, d.rows, d.cols, down, right, channels, element);
+  };
+  d.block_channels = by_column ? 1 : channels_that_fit(lines(first.groups), first.groups, element);
+  d.lines = lines(d.block_channels);
+  d.channel_blocks = ceil_div(first.groups, d.block_channels);
+  d.block_rows = d.rows;
+  while (threads > 1 && d.block_rows > kDepthwiseBlockRows &&
+         first.batch * d.channel_blocks * ceil_div(d.rows, d.block_rows) < 4 * threads)
+    d.block_rows = ceil_div(d.block_rows / 2, kDepthwiseRows) * kDepthwiseRows;
+  d.row_blocks = ceil_div(d.rows, d.block_rows);
+  d.up_h = up_h, d.up_w = up_w;
+
+  const int64_t padded = ceil_div(first.groups, kDepthwiseVector) * kDepthwiseVector;
+  const Scratch<char> packed((taps + int64_t(phases.size())) * padded * element);
+  std::vector<TapConv> packed_phases = phases;
+  char* to = packed.get();
+  for (TapConv& p : packed_phases) {
+    kernels.pack_weight[dtype](d.lines, p, weight.data_ptr(), weight_stride, to);
+    p.weight = to;
+    to += (p.num_taps + 1) * padded * element;
+  }
+  d.phases = packed_phases.data();
+  const int64_t vectors = up_w * kDepthwiseRows * kDepthwiseSpan + taps + int64_t(phases.size());
+  const int64_t bytes = d.lines.bytes(element) + vectors * kDepthwiseVector * element;
+  torch::stable::parallel_for(
+      0, d.tasks(), std::max<int64_t>(1, kDepthwiseGrain / (up_h * up_w * d.block_rows * d.cols * d.block_channels)),
+      [&](int64_t begin, int64_t end) {
+        const Scratch<char> scratch(bytes);
+        kernels.run[dtype](d, scratch.get(), begin, end);
+      });
+  return true;
+}
+
+// False, likewise.
+bool plan_depthwise(TapGrad& p, int64_t element, DepthwiseGrad& d) {
+  const bool by_column = contiguous_along(&Strides4::w, p.source) && contiguous_along(&Strides4::w, p.grad);
+  const bool by_channel =
+      p.groups > 1 && contiguous_along(&Strides4::c, p.source) && contiguous_along(&Strides4::c, p.grad);
+  if (p.group_channels > 1 || p.group_results > 1 || p.num_taps > kDepthwiseMaxTaps || !(by_column || by_channel))
+    return false;
+  const int64_t down = reach_h(p.planes, p.taps, p.num_taps);
+  const auto lines = [&](int64_t channels) {
+    return plan_lines(!by_column, p.planes, p.rows, p.cols, down, p.planes.halo_w, channels, element);
+  };
+  d.block_channels =
+      by_column ? std::min(p.groups, kDepthwisePlanes) : channels_that_fit(lines(p.groups), p.groups, element);
+  d.lines = lines(d.block_channels);
+  d.grad_lines = d.lines;
+  d.grad_lines.step_w = 1, d.grad_lines.origin_w = 0, d.grad_lines.columns = p.cols;
+  d.grad_lines.size = d.lines.pitch * d.lines.pixel;
+  d.channel_blocks = ceil_div(p.groups, d.block_channels);
+  p.slices = std::min(by_column ? p.batch : ceil_div(p.batch * p.rows, kDepthwiseBlockRows),
+                      ceil_div(kGradTasks, d.channel_blocks));
+  return true;
+}
+
+void run_depthwise(const TapGrad& p, DepthwiseGrad& d, DType dtype) {
+  const int64_t element = accumulator_size(dtype);
+  // A vector of channels, or one of a channel's columns, for each tap and for the bias.
+  const int64_t lanes = d.lines.by_channel ? d.block_channels + kDepthwiseVector : d.block_channels * kDepthwiseVector;
+  const int64_t bytes =
+      d.lines.bytes(element) + (kDepthwiseRows * d.grad_lines.size + lanes * (p.num_taps + 1)) * element;
+  d.problem = &p;
+  torch::stable::parallel_for(
+      0, d.tasks(), std::max<int64_t>(1, kDepthwiseGrain * d.tasks() / (p.batch * p.groups * p.rows * p.cols)),
+      [&](int64_t begin, int64_t end) {
+        const Scratch<char> scratch(bytes);
+        depthwise_kernels().run_grad[dtype](d, scratch.get(), begin, end);
+      });
+}
+
+// ---- many channels a group ----
 
 // Winograd's convolution wins where there are channels to sum over, and tiles to share the weight's transform. A
 // block's transformed tiles take half of an L2 cache, but are so many that the weight is not read too often.
 constexpr int64_t kWinogradChannels = 16, kWinogradTiles = 32;
 constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
+constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
 
 // A 3 x 3 window that moves by one, pooled by tiles if at all, and large enough.
 bool is_winograd(const WinogradConv& w) {
@@ -314,9 +456,10 @@ bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std:
   const int64_t runs = p.groups * w.group_runs, run_size = kWinogradProducts * w.run_product;
   const Scratch<char> packed(runs * run_size * element);
   w.conv.weight = packed.get();
-  torch::stable::parallel_for(0, runs, std::max<int64_t>(1, kPackGrain / run_size), [&](int64_t begin, int64_t end) {
-    kernels.pack_weight[dtype](w, weight.data_ptr(), strides.data(), packed.get(), begin, end);
-  });
+  torch::stable::parallel_for(
+      0, runs, std::max<int64_t>(1, kWinogradGrain / run_size), [&](int64_t begin, int64_t end) {
+        kernels.pack_weight[dtype](w, weight.data_ptr(), strides.data(), packed.get(), begin, end);
+      });
   std::atomic<bool> finite{true};
   run_tasks(w, [&](const WinogradConv& plan, void* scratch, int64_t begin, int64_t end) {
     if (!kernels.run[dtype](plan, scratch, begin, end)) finite = false;
@@ -324,10 +467,11 @@ bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std:
   return finite;
 }
 
+// Not where the result reaches past the source.
 bool is_pointwise(const TapConv& p) {
   return p.groups == 1 && p.num_taps == 1 && p.planes.origin_h == 0 && p.planes.origin_w == 0 &&
          p.rows <= p.source.height && p.cols <= p.source.width && !p.result.pool_code &&
-         channels_contiguous(p.source) && p.result.stride.c == 1;
+         contiguous_along(&Strides4::c, p.source) && p.result.stride.c == 1;
 }
 
 void run_pointwise(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
@@ -349,14 +493,6 @@ void run_pointwise(TapConv& p, DType dtype, const Tensor& weight, std::array<int
 void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
   const ConvKernels& kernels = conv_kernels();
   const int64_t element = accumulator_size(dtype);
-  if (is_depthwise(p) && p.result.stride.c == 1 && !p.result.pool_code) {
-    const Scratch<char> packed((p.groups + 16) * p.num_taps * element);
-    depthwise_kernels().pack_weight[dtype](p, weight.data_ptr(), strides.data(), packed.get());
-    p.weight = packed.get();
-    torch::stable::parallel_for(0, p.batch * p.rows, std::max<int64_t>(1, kDepthwiseRowGrain / (p.cols * p.groups)),
-                                [&](int64_t begin, int64_t end) { depthwise_kernels().run[dtype](p, begin, end); });
-    return;
-  }
   if (is_pointwise(p)) return run_pointwise(p, dtype, weight, strides);
   WinogradConv winograd = winograd_conv(p);
   if (is_winograd(winograd) && run_winograd(winograd, dtype, weight, strides)) return;
@@ -395,7 +531,7 @@ void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& wei
              bool relu, const PoolShape& pool, const Tensor& output, const Tensor* code) {
   const DType dtype = dtype_of(input, op, "input");
   const int64_t element = accumulator_size(dtype);
-  Scratch<char> wide_bias(s.out_channels * element);
+  Scratch<char> wide_bias((s.out_channels + kDepthwiseVector) * element);
   if (bias) {
     check_same_dtype(*bias, input, op, "bias");
     check_dim(*bias, 1, op, "bias");
@@ -421,6 +557,7 @@ void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& wei
   p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_in(), p.group_results = s.group_out();
   p.rows = s.out_h, p.cols = s.out_w;
   p.bias = bias ? wide_bias.get() : nullptr, p.relu = relu;
+  if (run_depthwise({p}, 1, 1, p.result.stride, dtype, weight, weight.stride(0))) return;
   run_conv(p, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(0), weight.stride(1)});
 }
 
@@ -453,18 +590,16 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, s
 void grad_input(ConvShape s, DType dtype, ConvSource grad, const Tensor& weight, const Tensor& result) {
   Strides4 stride = strides4(result);
   join_rows(s, {&grad}, {&stride});
-  // A stride longer than the filter leaves phases that no tap reaches.
-  if (s.kernel_h < s.stride_h || s.kernel_w < s.stride_w || s.dilation_h > 1 || s.dilation_w > 1) {
-    Tensor zeroed = result;
-    torch::stable::zero_(zeroed);
-  }
-  for (int64_t a = 0; a < std::min(s.stride_h, s.in_h); ++a)
-    for (int64_t b = 0; b < std::min(s.stride_w, s.in_w); ++b) {
+  const int64_t phases_h = std::min(s.stride_h, s.in_h), phases_w = std::min(s.stride_w, s.in_w);
+  std::vector<TapConv> phases;
+  std::vector<std::vector<Tap>> phase_taps(phases_h * phases_w);
+  for (int64_t a = 0; a < phases_h; ++a)
+    for (int64_t b = 0; b < phases_w; ++b) {
       // Input rows a, a + stride, ...: row i of them is i * stride + a = (first_h + i) * stride + phase_h - pad, so tap
       // r reaches it if r * dilation = phase_h modulo the stride, from output row first_h + i - r * dilation / stride.
       const int64_t phase_h = (a + s.pad_top) % s.stride_h, first_h = (a + s.pad_top) / s.stride_h;
       const int64_t phase_w = (b + s.pad_left) % s.stride_w, first_w = (b + s.pad_left) / s.stride_w;
-      std::vector<Tap> taps;
+      std::vector<Tap>& taps = phase_taps[a * phases_w + b];
       int64_t last_h = 0, last_w = 0;
       for (int64_t r = 0; r < s.kernel_h; ++r)
         for (int64_t q = 0; q < s.kernel_w; ++q) {
@@ -473,7 +608,6 @@ void grad_input(ConvShape s, DType dtype, ConvSource grad, const Tensor& weight,
           taps.push_back({0, row / s.stride_h, col / s.stride_w, r * weight.stride(2) + q * weight.stride(3)});
           last_h = std::max(last_h, taps.back().row), last_w = std::max(last_w, taps.back().col);
         }
-      if (taps.empty()) continue;
       TapConv p{};
       for (Tap& tap : taps) tap.row = last_h - tap.row, tap.col = last_w - tap.col;
       p.planes.step_h = p.planes.step_w = 1;
@@ -486,8 +620,16 @@ void grad_input(ConvShape s, DType dtype, ConvSource grad, const Tensor& weight,
       p.result.stride = {stride.n, stride.c, stride.h * s.stride_h, stride.w * s.stride_w};
       p.taps = taps.data(), p.num_taps = int64_t(taps.size());
       p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_out(), p.group_results = s.group_in();
-      run_conv(p, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(1), weight.stride(0)});
+      phases.push_back(p);
     }
+  if (run_depthwise(phases, phases_h, phases_w, stride, dtype, weight, weight.stride(0))) return;
+  // A stride longer than the filter leaves phases that no tap reaches.
+  if (s.kernel_h < s.stride_h || s.kernel_w < s.stride_w || s.dilation_h > 1 || s.dilation_w > 1) {
+    Tensor zeroed = result;
+    torch::stable::zero_(zeroed);
+  }
+  for (TapConv& p : phases)
+    if (p.num_taps) run_conv(p, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(1), weight.stride(0)});
 }
 
 void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource& grad, const Tensor& weight,
@@ -504,20 +646,15 @@ void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource
   p.taps = taps.data(), p.num_taps = int64_t(taps.size());
   p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_in(), p.group_results = s.group_out();
   p.rows = s.out_h, p.cols = s.out_w;
-  const bool depthwise = is_depthwise(p) && channels_contiguous(p.grad);
-  if (depthwise)
-    p.slices = std::min(kGradTasks, p.batch * p.rows);
-  else
-    plan(p, element, kernels.lanes[element == 4]);
+  DepthwiseGrad depthwise{};
+  const bool is_depthwise = plan_depthwise(p, element, depthwise);
+  if (!is_depthwise) plan(p, element, kernels.lanes[element == 4]);
   const int64_t count = s.out_channels * s.group_in() * p.num_taps;
   const Scratch<char> sums(p.slices * count * element), bias_sums(p.slices * s.out_channels * element);
   p.weight_sums = sums.get();
   p.bias_sums = bias_result ? bias_sums.get() : nullptr;
-  if (depthwise)
-    torch::stable::parallel_for(0, p.slices, 1, [&](int64_t begin, int64_t end) {
-      const Scratch<char> scratch((p.num_taps + 1) * (p.groups + 16) * element);
-      depthwise_kernels().run_grad[dtype](p, scratch.get(), begin, end);
-    });
+  if (is_depthwise)
+    run_depthwise(p, depthwise, dtype);
   else
     run_tasks(p, kernels.run_grad[dtype]);
   torch::stable::parallel_for(

@@ -1,6 +1,8 @@
 """All of ``torch.nn``, with ``Conv2d``, ``ReLU`` and ``CrossEntropyLoss`` on fastnn's kernels, and the fused
 ``ConvReLU2d`` and ``ConvReLUMaxPool2d``."""
 
+from typing import TYPE_CHECKING
+
 from torch import nn as _native
 from torch.nn import *  # noqa: F403
 
@@ -12,6 +14,13 @@ from fastnn.nn.modules import ConvReLU2d as ConvReLU2d
 from fastnn.nn.modules import ConvReLUMaxPool2d as ConvReLUMaxPool2d
 from fastnn.nn.modules import ReLU as ReLU
 
+if TYPE_CHECKING:  # what the star leaves out
+    from torch.nn import common_types as common_types
+    from torch.nn import intrinsic as intrinsic
+    from torch.nn import qat as qat
+    from torch.nn import quantizable as quantizable
+    from torch.nn import quantized as quantized
+else:
 
-def __getattr__(name: str) -> object:
-    return getattr(_native, name)
+    def __getattr__(name: str) -> object:
+        return getattr(_native, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ IntPair = int | tuple[int, ...] | list[int]
 MAX_CONV2D_PHASES = 64
 
 
-def __getattr__(name: str) -> object:
-    return getattr(native, name)
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        return getattr(native, name)
 
 
 def _autocast(*args: Any, to: torch.dtype | None = None) -> Any:

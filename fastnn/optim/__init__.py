@@ -1,6 +1,7 @@
 """All of ``torch.optim``, with ``Adam``, ``AdamW`` and ``SGD`` on fastnn's kernels."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from torch import optim as _native
 from torch.optim import *  # noqa: F403
@@ -15,6 +16,7 @@ from fastnn.optim.sgd import SGD as SGD
 for _name in ("lr_scheduler", "swa_utils"):
     sys.modules[f"{__name__}.{_name}"] = getattr(_native, _name)
 
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> object:
-    return getattr(_native, name)
+    def __getattr__(name: str) -> object:
+        return getattr(_native, name)

@@ -111,16 +111,4 @@ struct ConvKernels {
 
 const ConvKernels& conv_kernels();
 
-// One channel a group and channels_last memory all through: its own kernels, which pack no planes.
-constexpr int64_t kDepthwiseMaxTaps = 81;
-struct DepthwiseKernels {
-  void (*pack_weight[kNumDTypes])(const TapConv&, const void* weight, const int64_t* strides, void* packed);
-  // Result rows [begin, end) of batch * rows.
-  void (*run[kNumDTypes])(const TapConv&, int64_t begin, int64_t end);
-  // Slices [begin, end); scratch: (num_taps + 1) * (groups + 16) elements of accumulator type.
-  void (*run_grad[kNumDTypes])(const TapGrad&, void* scratch, int64_t begin, int64_t end);
-};
-
-const DepthwiseKernels& depthwise_kernels();
-
 }  // namespace fastnn::cpu

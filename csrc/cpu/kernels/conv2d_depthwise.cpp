@@ -1,4 +1,4 @@
-#include "cpu/kernels/conv2d.h"
+#include "cpu/kernels/conv2d_depthwise.h"
 
 #define FASTNN_TIER_SOURCE "cpu/kernels/conv2d_depthwise_tier.h"
 #include "cpu/kernels/for_each_tier.h"
