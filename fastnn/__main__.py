@@ -21,7 +21,7 @@ import fastnn
 import fastnn.nn.functional as F
 import fastnn.optim
 from fastnn import _C
-from fastnn.dispatch import FORCED_DEVICES, KERNELS, OPERATORS, forced, why_off
+from fastnn.dispatch import CUDA_OFF, DEVICES, FORCED_DEVICES, KERNELS, OPERATORS, forced, why_off
 
 
 def facts() -> dict[str, Any]:
@@ -31,11 +31,13 @@ def facts() -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
         triton_version = "not installed"
     available = _C.available_isas()
+    cuda = sys.modules.get("fastnn._C_cuda")
     return {
         "fastnn": f"{fastnn.__version__}, compiled by {_C.compiler} with torch {_C.torch_built_with}",
         "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
         "torch": torch.__version__,
         "triton": triton_version,
+        "cuda": f"off: {CUDA_OFF}" if cuda is None else f"kernels compiled for {cuda.architectures}",
         "instruction sets": {
             isa: "in use" if isa == _C.isa() else "available" if isa in available else "off: this CPU does not have it"
             for isa in _C.built_isas()
@@ -62,6 +64,15 @@ def table() -> dict[str, dict[str, str]]:
         }
         for op in OPERATORS
     }
+
+
+def markdown() -> str:
+    """The registry as docs/backends.md shows it: what has kernels, whatever this machine has."""
+    lines = ["| op | " + " | ".join(f"`{backend}`" for backend in KERNELS) + " |", "|---" * (len(KERNELS) + 1) + "|"]
+    for op in OPERATORS:
+        lines.append(f"| {op} | " + " | ".join("kernels" if op in KERNELS[b] else "" for b in KERNELS) + " |")
+    lines.append("| on tensors of | " + " | ".join(", ".join(DEVICES[b]) for b in KERNELS) + " |")
+    return "\n".join(lines)
 
 
 # ---- the self-test: per op, results and gradients to be compared with native's ----
@@ -127,7 +138,12 @@ def self_test(backend: str, op: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastnn", description=__doc__)
     parser.add_argument("--json", action="store_true", help="the same for machines")
-    as_json = parser.parse_args().json
+    parser.add_argument("--markdown", action="store_true", help="the table of docs/backends.md, and nothing else")
+    arguments = parser.parse_args()
+    as_json = arguments.json
+    if arguments.markdown:
+        print(markdown())
+        return 0
     support = table()
     tests = {
         op: {backend: self_test(backend, op) for backend, state in states.items() if state == "available"}

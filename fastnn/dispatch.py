@@ -38,7 +38,7 @@ OPERATORS = {
 }
 # The backends that have kernels, the preferred one first: the device types they run on, and the ops they have.
 DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
-KERNELS = {"cpu": tuple(OPERATORS), "cuda": ("relu", "cross_entropy"), "triton": ("relu",)}
+KERNELS = {"cpu": tuple(OPERATORS), "cuda": ("relu", "cross_entropy"), "triton": tuple(OPERATORS)}
 # Triton's interpreter takes CPU tensors, slowly: it is for tests, and is used only where it is forced.
 FORCED_DEVICES = {**DEVICES, "triton": (*DEVICES["triton"], "cpu")}
 
@@ -248,7 +248,8 @@ def _register() -> None:
         for operator in operators:
             _operators[operator] = getattr(torch.ops.fastnn, operator).default
             for device_type in DEVICES["triton"]:
-                if op in KERNELS["triton"] and why_off("cuda", op, device_type) is not None:
+                compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{operator}", device_type.upper())
+                if op in KERNELS["triton"] and not compiled:
                     torch.library.impl(f"fastnn::{operator}", device_type, loading(operator))
 
 

@@ -24,7 +24,7 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, s
 hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=_CHECKS, print_blob=True)
 hypothesis.settings.load_profile("fixed")
 
-INTERPRETED_EXAMPLES = 8
+INTERPRETED_EXAMPLES = 4
 BACKENDS = [f"cpu-{isa}" for isa in _C.available_isas()]
 if GPU and torch.version.cuda:
     BACKENDS.append("cuda")
@@ -67,7 +67,8 @@ def pytest_runtest_call(item):
                 patch.setitem(check.__kwdefaults__, "fast_mode", True)
             if hypothesis.is_hypothesis_test(item.obj):
                 settings = item.obj._hypothesis_internal_use_settings
-                fewer = hypothesis.settings(settings, max_examples=min(INTERPRETED_EXAMPLES, settings.max_examples))
+                examples = min(INTERPRETED_EXAMPLES, settings.max_examples)
+                fewer = hypothesis.settings(settings, max_examples=examples, phases=[hypothesis.Phase.generate])
                 patch.setattr(item.obj, "_hypothesis_internal_use_settings", fewer)
         return (yield)
 

@@ -1,10 +1,18 @@
 """What the tests compare with: float64 results, errors in units of rounding, and the layouts a tensor can come in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+
+
+def mostly_big(cases: Iterable[Any], *kept: int) -> list[Any]:
+    """The cases as a test's parameters, all but those at the positions ``kept`` marked as big."""
+    return [case if i in kept else pytest.param(case, marks=pytest.mark.big) for i, case in enumerate(cases)]
+
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import fastnn.triton
 from fastnn import __main__ as command
 from fastnn import dispatch
 
+ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -51,6 +53,11 @@ def test_what_the_registry_says_is_there(op):
 def test_triton_has_a_function_of_every_operator(op):
     for operator in dispatch.OPERATORS[op]:
         assert callable(fastnn.triton.function(operator))
+
+
+def test_the_documentation_shows_the_registry():
+    documented = (ROOT / "docs" / "backends.md").read_text()
+    assert f"<!-- support -->\n{command.markdown()}\n<!-- /support -->" in documented
 
 
 # ---- the choice ----

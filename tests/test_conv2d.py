@@ -18,6 +18,7 @@ from reference import (
     SLACK,
     conv2d_numpy,
     error,
+    mostly_big,
     to_float64,
     values_and_gradients,
 )
@@ -286,6 +287,7 @@ def test_overflow_and_underflow(backend, dtype):
     assert_same(F.conv2d(x, w), exact.to(dtype), "output")
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_overflow_of_what_cancels(backend, dtype):
     """Winograd's convolution sums neighbours before it multiplies; the terms of the result stay in range."""
@@ -295,6 +297,7 @@ def test_overflow_of_what_cancels(backend, dtype):
     assert_same(F.conv2d(x, w), torch.zeros(2, 16, 12, 13, dtype=dtype), "output")
 
 
+@pytest.mark.big
 @given(case=winograd_cases(), dtype=st.sampled_from(FLOATING), data=st.data())
 @settings(max_examples=20)
 def test_infinities_and_nans_of_a_gradient(backend, case, dtype, data):
@@ -312,16 +315,17 @@ def test_infinities_and_nans_of_a_gradient(backend, case, dtype, data):
     assert_same(actual.isnan(), exact.isnan(), "NaN")
 
 
-@pytest.mark.parametrize(
-    ("channels", "kernel", "groups", "pool"),
-    [(4, 1, 2, {"pool_kernel_size": (2, 3), "pool_stride": stride}) for stride in (None, 1, 3)] + [(16, 3, 1, {})],
-)
+POOLED = [(4, 1, 2, {"pool_kernel_size": (2, 3), "pool_stride": stride}) for stride in (None, 1, 3)] + [(16, 3, 1, {})]
+
+
+@pytest.mark.parametrize("convolution", mostly_big(POOLED, 1), ids=str)
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("operand", ["input", "weight"])
-def test_pool_of_infinities_and_nans(backend, operand, channels, kernel, groups, pool, special, layout):
+def test_pool_of_infinities_and_nans(backend, operand, special, convolution, layout):
     """NaN wins its window, whichever element of several native chooses gets the gradient, and -inf loses to 0. In
     backward, infinity times a gradient of zero is NaN."""
+    channels, kernel, groups, pool = convolution
     x = integers(torch.float64, (2, channels, 12, 23))
     w = integers(torch.float64, (16, channels // groups, kernel, kernel))
     if operand == "input":
@@ -338,6 +342,7 @@ def test_pool_of_infinities_and_nans(backend, operand, channels, kernel, groups,
         assert_same(a, e, name)
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
 @pytest.mark.parametrize(
@@ -363,6 +368,7 @@ def test_pool_gradients_of_many_channels(backend, dtype, layout, channels, resul
         assert_same(a, e.to(dtype), name)
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", [CONV2D, CONV2D_RELU], ids=["plain", "relu"])
 @pytest.mark.parametrize(
@@ -397,7 +403,7 @@ SOME_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", SOME_CASES, ids=str)
+@pytest.mark.parametrize("case", mostly_big(SOME_CASES, 2, 4, 6), ids=str)
 def test_matches_the_definition(backend, case):
     """The output and every gradient against loops in numpy: an oracle that is not torch's convolution."""
     x, w, b = case.tensors(partial(normals, torch.float64))
@@ -414,7 +420,7 @@ def test_matches_the_definition(backend, case):
         np.testing.assert_allclose(a.numpy(), e, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("width", range(1, 41))
+@pytest.mark.parametrize("width", mostly_big(range(1, 41), 16))
 def test_every_tail(backend, width):
     """Output widths and channel counts one by one, in float32, where the vectors are widest."""
     x, w, b = Case((2, width, 5, width), (width, width, 3, 3)).tensors(partial(integers, torch.float32))
@@ -427,7 +433,7 @@ def test_every_tail(backend, width):
             assert_same(a, e, f"{layout} {name}")
 
 
-@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.parametrize("channels", mostly_big([3, 16], 0))
 def test_padding_of_each_side(backend, channels):
     """The operator takes four paddings, top, left, bottom and right."""
     inputs = Case((2, channels, 13, 14), (16, channels, 3, 3)).tensors(partial(integers, torch.float32))
@@ -555,7 +561,7 @@ DERIVATIVE_CASES = [
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", DERIVATIVE_CASES, ids=str)
+@pytest.mark.parametrize("case", mostly_big(DERIVATIVE_CASES, 8), ids=str)
 def test_derivatives(backend, op, case):
     """First and second derivatives are those of finite differences."""
     inputs = [None if t is None else t.requires_grad_() for t in case.tensors(partial(normals, torch.float64))]
@@ -621,7 +627,7 @@ def raw_calls() -> list[Any]:
 
 
 @pytest.mark.parametrize(("op", "arguments"), raw_calls())
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("requires_grad", mostly_big([False, True], 1))
 def test_opcheck(backend, op, arguments, requires_grad):
     args = arguments()
     if requires_grad:
@@ -736,6 +742,7 @@ def test_output_layout_is_natives(backend, input_layout, weight_layout, groups):
 # ---- the samples inside the torch wheel ----
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_wheel_samples(backend, op, dtype):
@@ -885,6 +892,7 @@ def module_samples() -> list[Any]:
     return samples
 
 
+@pytest.mark.big
 def test_wheel_module_samples(backend):
     samples = module_samples()
     assert len(samples) >= 20

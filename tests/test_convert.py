@@ -11,6 +11,8 @@ from torch import nn
 import fastnn
 from fastnn.convert import FusedConv2d, _Ahead
 
+pytestmark = pytest.mark.big
+
 
 def conv(inputs=3, outputs=4, **kwargs):
     return nn.Conv2d(inputs, outputs, 3, padding=1, **kwargs)

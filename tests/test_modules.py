@@ -35,6 +35,7 @@ def assert_same(ours, theirs, input):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("cls", [nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d])
 @pytest.mark.parametrize("padding_mode", PADDING_MODES)
 @pytest.mark.parametrize("bias", [True, False])
@@ -43,6 +44,7 @@ def test_padding_modes(backend, cls, padding_mode, bias):
     assert_same(ours, theirs, torch.randn(2, 3, 9, 8, dtype=torch.float64))
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("cls", [nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d])
 @pytest.mark.parametrize(
     "kwargs",
@@ -61,6 +63,7 @@ def test_arguments(backend, cls, kwargs, shape):
     assert_same(ours, theirs, torch.randn(shape, dtype=torch.float64))
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("cls", [nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d])
 @pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)

@@ -162,6 +162,7 @@ def test_same_parameter_twice(backend, name):
 
 
 @each
+@pytest.mark.big
 def test_bitwise_deterministic(backend, name):
     shapes = [(70_001,), (5,), (333, 77)]
 

@@ -106,6 +106,7 @@ def assert_identical(actual: list[Tensor], expected: list[Tensor], what: str) ->
         assert torch.equal(a, e), f"{what}: result {i} differs at {int((a != e).sum())} of {a.numel()} elements"
 
 
+@pytest.mark.big
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", CALLS)
 def test_bitwise_equal_runs_and_thread_counts(backend, threads, name):
@@ -117,6 +118,7 @@ def test_bitwise_equal_runs_and_thread_counts(backend, threads, name):
         assert_identical(results(CALLS[name]), expected, f"run {run}, {count} threads")
 
 
+@pytest.mark.big
 @pytest.mark.kernels
 def test_concurrent_python_threads(backend, threads):
     """Forward and backward of every operator at once, from four Python threads that share nothing."""

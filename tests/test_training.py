@@ -51,6 +51,7 @@ def trained(loader: DataLoader, optimizer: str, converted: bool) -> list[tuple[l
     return runs
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
 @pytest.mark.parametrize("converted", [False, True], ids=["imports", "converted"])
 def test_weights_in_float64(backend, optimizer, converted):
@@ -61,6 +62,7 @@ def test_weights_in_float64(backend, optimizer, converted):
         assert (w - e).abs().max() <= 1e-10
 
 
+@pytest.mark.big
 @pytest.mark.parametrize(("optimizer", "image_size"), [("Adam", 32), ("SGD", 32), ("Adam", 64)])
 @pytest.mark.parametrize("converted", [False, True], ids=["imports", "converted"])
 def test_loss_curve_in_float32(backend, optimizer, converted, image_size):
@@ -70,6 +72,7 @@ def test_loss_curve_in_float32(backend, optimizer, converted, image_size):
     torch.testing.assert_close(losses, exact, rtol=0, atol=1e-3)
 
 
+@pytest.mark.big
 @pytest.mark.parametrize("converted", [False, True], ids=["imports", "converted"])
 def test_channels_last(backend, converted):
     """The program after model.to(memory_format=torch.channels_last), as native users are told to write it."""

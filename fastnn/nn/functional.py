@@ -27,14 +27,17 @@ if not TYPE_CHECKING:
 
 
 def _autocast(*args: Any, to: torch.dtype | None = None) -> Any:
-    """What CPU autocast, if it is on, does to the arguments of an operator it runs in ``to`` (None: its own dtype)."""
-    if not torch.is_autocast_enabled("cpu"):
+    """What autocast, if it is on for the first argument's device, does to the arguments of an operator that it runs in
+    ``to`` (None: its own dtype)."""
+    on_cpu = not isinstance(args[0], Tensor) or args[0].is_cpu
+    device_type = "cpu" if on_cpu else args[0].device.type
+    if not (on_cpu or torch.amp.is_autocast_available(device_type)) or not torch.is_autocast_enabled(device_type):
         return args
-    dtype = to or torch.get_autocast_dtype("cpu")
+    dtype = to or torch.get_autocast_dtype(device_type)
 
     def cast(arg: Any) -> Any:
         low = isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype is not torch.float64
-        return arg.to(dtype) if low and arg.device.type == "cpu" else arg
+        return arg.to(dtype) if low and arg.device.type == device_type else arg
 
     return map(cast, args)
 

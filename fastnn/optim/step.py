@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import _C, log_once, use_kernels
+from fastnn.dispatch import _C, choice, log_once, use_kernels
+from fastnn.ops.autograd import run
 
 
 class FusedStep(torch.optim.Optimizer):
@@ -31,7 +32,8 @@ class FusedStep(torch.optim.Optimizer):
 
     def _fused_step(self, group: dict[str, Any]) -> bool:
         """Whether the kernels made the group's step; where not, nothing has changed."""
-        if not use_kernels(self._op):
+        params, grads = params_and_grads(group)
+        if not use_kernels(self._op, *params[:1]):  # of the others the kernels themselves say whether they take them
             return False
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
@@ -41,7 +43,6 @@ class FusedStep(torch.optim.Optimizer):
             if group.get(option):
                 log_once(self._op, f"of {option}=True")
                 return False
-        params, grads = params_and_grads(group)
         if not params:
             return True
         if compiling and not all(map(use_kernels, [self._op] * len(params), params, grads)):
@@ -95,9 +96,17 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
         with torch.no_grad():
             getattr(torch.ops.fastnn, f"{op}_")(*lists, *options)
         return True
+    params = cast(Sequence[Tensor], lists[0])
     try:
-        getattr(_C, f"{op}_")(*lists, *options)
+        if choice(op, params[0].device.type)[0] == "cpu":  # straight from the lists, past the dispatcher
+            getattr(_C, f"{op}_")(*lists, *options)
+            return True
+        run(f"{op}_", *lists, *options)
     except _C.NotCovered as refusal:
         log_once(op, str(refusal))
         return False
+    grads_change = options[-1] is not None  # divided by grad_scale
+    for i, changed in enumerate(lists):
+        if i != 1 or grads_change:
+            torch.autograd.graph.increment_version(cast(Sequence[Tensor], changed))
     return True

@@ -1,0 +1,156 @@
+"""What the optimizers share: one elementwise update of many tensors in a launch per dtype.
+
+A table in the device's memory has a record per parameter, with the addresses of its tensors, its element count and a
+number of the op's own, and behind the records, for every program of the grid, which record and which chunk of it are
+its. The table is made anew for every step: a step remembers nothing of the tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastnn.dispatch import _C
+from fastnn.triton.arguments import check_dtype
+
+CHUNK = 2048  # elements of a program: two or four 16-byte accesses a thread and tensor at 4 warps
+ALIGNMENT = 16  # bytes: what a vector access needs
+
+TL_DTYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+@triton.jit
+def program_chunk(table_ptr, records, OPERANDS: tl.constexpr, CHUNK: tl.constexpr):
+    """This program's record, and offsets and mask of its elements."""
+    programs = tl.num_programs(0)
+    mine = table_ptr + records.to(tl.int64) * (OPERANDS + 2) + tl.program_id(0)
+    record = table_ptr + tl.load(mine) * (OPERANDS + 2)
+    i = tl.load(mine + programs) * CHUNK + tl.arange(0, CHUNK)
+    return record, i, i < tl.load(record + OPERANDS)
+
+
+@triton.jit
+def tensor_of(record, operand: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address of the record's tensor of an operand."""
+    address = tl.load(record + operand)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address.to(tl.pointer_type(DTYPE))
+
+
+def _refuse(op: str, name: str, what: str) -> None:
+    raise _C.NotCovered(f"{op}: {name} has {what}")
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def check_operands(op: str, operands: dict[str, list[Tensor]], updated: set[str]) -> None:
+    """Raises for what an update cannot do, before anything is changed. The first operand is the parameters."""
+    params = operands["params"]
+    for name, tensors in operands.items():
+        if len(tensors) != len(params):
+            _refuse(op, name, f"{len(tensors)} tensors, expected {len(params)}")
+        for tensor, param in zip(tensors, params, strict=True):
+            if tensor.layout is not torch.strided or tensor.is_neg():
+                _refuse(op, name, "a tensor that is not strided memory")
+            check_dtype(tensor, op, name)
+            if (tensor.dtype, tensor.shape, tensor.device) != (param.dtype, param.shape, param.device):
+                _refuse(op, name, f"{tensor.dtype} {list(tensor.shape)} beside a parameter that is {param.dtype}")
+            if name in updated and name != "grads" and _is_expanded(tensor):
+                _refuse(op, name, "elements that share memory")
+
+
+def _share_memory(tensors: list[Tensor]) -> bool:
+    """Whether two of the tensors do (a parameter listed twice, views of one storage)."""
+    ranges = []
+    for t in tensors:
+        if t.numel() > 0:
+            last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            ranges.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()))
+    ranges.sort()
+    return any(end > begin for (_, end), (begin, _) in itertools.pairwise(ranges))
+
+
+def _copy_back(target: Tensor, source: Tensor) -> None:
+    """copy_ refuses an expanded target; its elements that share memory are alike, so the first of each is enough."""
+    for d in range(target.dim()):
+        if target.stride(d) == 0 and target.shape[d] > 1:
+            target, source = target.narrow(d, 0, 1), source.narrow(d, 0, 1)
+    target.copy_(source)
+
+
+def _table(tensors: list[tuple[Tensor, ...]], numbers: list[int]) -> tuple[Tensor, int]:
+    """The table of the parameters' tensors on their device, and the number of programs."""
+    records = [
+        [*(t.data_ptr() for t in of_one), of_one[0].numel(), number]
+        for of_one, number in zip(tensors, numbers, strict=True)
+    ]
+    chunks = torch.tensor([triton.cdiv(of_one[0].numel(), CHUNK) for of_one in tensors])
+    record = torch.repeat_interleave(torch.arange(len(records)), chunks)
+    chunk = torch.arange(len(record)) - (chunks.cumsum(0) - chunks)[record]
+    table = torch.cat([torch.tensor(records, dtype=torch.int64).flatten(), record, chunk])
+    return table.to(tensors[0][0].device, non_blocking=True), len(record)
+
+
+def update_all(
+    kernel: Any,
+    operands: dict[str, list[Tensor]],
+    updated: set[str],
+    numbers: list[int],
+    prepare: Callable[[list[int]], tuple[Any, ...]],
+    **constants: Any,
+) -> None:
+    """Runs ``kernel`` on all the parameters that have elements, those that share memory one after the other.
+
+    ``numbers``: the number in each parameter's record. ``prepare(indices)`` is called before these parameters are
+    updated, with those without elements among them, and returns more arguments for the kernel.
+    """
+    params = operands["params"]
+    everything = list(range(len(params)))
+    for batch in [[i] for i in everything] if _share_memory(params) else [everything]:
+        arguments = prepare(batch)
+        copies: list[tuple[Tensor, Tensor]] = []
+        tensors: dict[torch.dtype, list[tuple[Tensor, ...]]] = {}
+        of_dtype: dict[torch.dtype, list[int]] = {}
+        for i in batch:
+            if params[i].numel() == 0:
+                continue
+            order = torch.empty_like(params[i])
+            of_one = []
+            for name, list_ in operands.items():
+                tensor = list_[i]
+                if tensor.stride() != order.stride():
+                    copy = torch.empty_like(order).copy_(tensor)
+                    if name in updated:
+                        copies.append((tensor, copy))
+                    tensor = copy
+                of_one.append(tensor)
+            tensors.setdefault(params[i].dtype, []).append(tuple(of_one))
+            of_dtype.setdefault(params[i].dtype, []).append(numbers[i])
+        for dtype, of_all in tensors.items():
+            table, programs = _table(of_all, of_dtype[dtype])
+            kernel[(programs,)](
+                table,
+                len(of_all),
+                *arguments,
+                DTYPE=TL_DTYPES[dtype],
+                ACC=tl.float64 if dtype is torch.float64 else tl.float32,
+                ALIGNED=all(t.data_ptr() % ALIGNMENT == 0 for of_one in of_all for t in of_one),
+                CHUNK=CHUNK,
+                **constants,
+            )
+        for tensor, copy in copies:
+            _copy_back(tensor, copy)
