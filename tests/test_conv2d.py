@@ -136,10 +136,27 @@ def cases(draw: st.DrawFn, min_output: int = 1) -> Case:
     )
 
 
+@st.composite
+def winograd_cases(draw: st.DrawFn) -> Case:
+    """3x3 windows that move by one, with the channels and the results that Winograd's convolution asks for."""
+    channels, groups = st.integers(16, 35), draw(st.sampled_from([1, 1, 2]))
+    per_group, out_per_group = draw(channels), draw(channels)
+    batch = draw(st.sampled_from([(), (1,), (2,), (3,)]))
+    layout = st.sampled_from(["contiguous", "contiguous", "channels_last", "channels_last", *LAYOUTS])
+    return Case(
+        (*batch, groups * per_group, draw(st.integers(14, 19)), draw(st.integers(14, 19))),
+        (groups * out_per_group, per_group, 3, 3),
+        bias=draw(st.booleans()),
+        kwargs={"padding": draw(st.sampled_from([0, 1, 1, "same", 2, (0, 1), (2, 0)])), "groups": groups},
+        layouts=(draw(layout), draw(layout), draw(layout)),
+    )
+
+
+CASES = cases() | winograd_cases()
 POOLS = st.fixed_dictionaries(
     {
-        "pool_kernel_size": st.sampled_from([2, 3, (2, 3), (3, 1), (1, 4)]),
-        "pool_stride": st.sampled_from([None, 1, 2, 3, (2, 1), (1, 4)]),
+        "pool_kernel_size": st.sampled_from([2, 2, 2, 3, (2, 3), (3, 1), (1, 4)]),
+        "pool_stride": st.sampled_from([None, None, None, 1, 2, 3, (2, 1), (1, 4)]),
     }
 )
 
@@ -167,7 +184,7 @@ def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
 NAMES = ("output", "grad_input", "grad_weight", "grad_bias")
 
 
-@given(case=cases(), dtype=st.sampled_from(FLOATING), seed=st.integers(0, 99), data=st.data())
+@given(case=CASES, dtype=st.sampled_from(FLOATING), seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=120)
 @pytest.mark.parametrize("op", OPS)
 def test_integers_are_exact(backend, op, case, dtype, seed, data):
@@ -194,7 +211,7 @@ def test_integers_are_exact(backend, op, case, dtype, seed, data):
 
 
 @given(
-    case=cases(),
+    case=CASES,
     dtype=st.sampled_from(FLOATING),
     distribution=st.sampled_from([normals, normals, offset_normals]),
     seed=st.integers(0, 99),
@@ -222,7 +239,7 @@ def test_error_is_no_worse_than_natives(backend, case, dtype, distribution, seed
         assert error(o, e, magnitude) <= allowed, name
 
 
-@given(case=cases(), pool=POOLS, seed=st.integers(0, 99), data=st.data())
+@given(case=CASES, pool=POOLS, seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=80)
 def test_fused_gradients_are_natives(backend, case, pool, seed, data):
     """In float64, where no two implementations disagree on which of two real numbers is larger."""
@@ -243,7 +260,7 @@ def test_fused_gradients_are_natives(backend, case, pool, seed, data):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@given(case=cases(), dtype=st.sampled_from(FLOATING), op=st.sampled_from([CONV2D, CONV2D_RELU]), data=st.data())
+@given(case=CASES, dtype=st.sampled_from(FLOATING), op=st.sampled_from([CONV2D, CONV2D_RELU]), data=st.data())
 @settings(max_examples=80)
 def test_infinities_and_nans_reach_the_same_outputs(backend, case, dtype, op, data):
     """An infinity or a NaN in the input is seen by the windows that hold it and by no other."""
@@ -270,20 +287,53 @@ def test_overflow_and_underflow(backend, dtype):
     assert_same(F.conv2d(x, w), exact.to(dtype), "output")
 
 
-@pytest.mark.parametrize("pool_stride", mostly_big([None, 1, 3], 1))
+@pytest.mark.big
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_overflow_of_what_cancels(backend, dtype):
+    """Winograd's convolution sums neighbours before it multiplies; the terms of the result stay in range."""
+    x, w = torch.zeros(2, 16, 14, 15, dtype=dtype), torch.zeros(16, 16, 3, 3, dtype=dtype)
+    x[:, 0] = torch.finfo(dtype).max / 2
+    w[:, :, 1, 1:] = torch.tensor([1, -1])
+    assert_same(F.conv2d(x, w), torch.zeros(2, 16, 12, 13, dtype=dtype), "output")
+
+
+@pytest.mark.big
+@given(case=winograd_cases(), dtype=st.sampled_from(FLOATING), data=st.data())
+@settings(max_examples=20)
+def test_infinities_and_nans_of_a_gradient(backend, case, dtype, data):
+    """As of the input: they reach the elements whose windows hold them."""
+    x, w, _ = case.tensors(partial(normals, dtype))
+    shape = native.conv2d(x, w, **case.kwargs).shape
+    grad_output = normals(dtype, tuple(shape))
+    for value in data.draw(st.lists(st.sampled_from([float("inf"), float("nan")]), max_size=2)):
+        grad_output[tuple(data.draw(st.integers(0, size - 1)) for size in shape)] = value
+    exact_inputs = (to_float64(x), to_float64(w))
+    exact = values_and_gradients(partial(native.conv2d, **case.kwargs), exact_inputs, to_float64(grad_output))[1]
+    grad_output = LAYOUTS[case.layouts[2]](grad_output) if case.layouts[2] != "expanded" else grad_output
+    actual = values_and_gradients(partial(F.conv2d, **case.kwargs), (x, w), grad_output)[1]
+    assert_same(actual.isfinite(), exact.isfinite(), "finite")
+    assert_same(actual.isnan(), exact.isnan(), "NaN")
+
+
+POOLED = [(4, 1, 2, {"pool_kernel_size": (2, 3), "pool_stride": stride}) for stride in (None, 1, 3)] + [(16, 3, 1, {})]
+
+
+@pytest.mark.parametrize("convolution", mostly_big(POOLED, 1), ids=str)
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("operand", ["input", "weight"])
-def test_pool_of_infinities_and_nans(backend, operand, special, pool_stride, layout):
+def test_pool_of_infinities_and_nans(backend, operand, special, convolution, layout):
     """NaN wins its window, whichever element of several native chooses gets the gradient, and -inf loses to 0. In
     backward, infinity times a gradient of zero is NaN."""
-    x, w = integers(torch.float64, (2, 4, 12, 23)), integers(torch.float64, (6, 2, 1, 1))
+    channels, kernel, groups, pool = convolution
+    x = integers(torch.float64, (2, channels, 12, 23))
+    w = integers(torch.float64, (16, channels // groups, kernel, kernel))
     if operand == "input":
-        x[:, ::2][torch.rand(2, 2, 12, 23) < 0.1] = special
+        x[:, ::2][torch.rand(2, channels // 2, 12, 23) < 0.1 / kernel**2] = special
     else:
         w[1, 1] = special
     x = LAYOUTS[layout](x)
-    kwargs = {"groups": 2, "pool_kernel_size": (2, 3), "pool_stride": pool_stride}
+    kwargs = {"groups": groups, **pool}
     output = native_conv2d_relu_max_pool2d(x, w, **kwargs)
     grad_output = integers(torch.float64, tuple(output.shape))
     ours = values_and_gradients(partial(F.conv2d_relu_max_pool2d, **kwargs), (x, w), grad_output)
@@ -381,6 +431,18 @@ def test_every_tail(backend, width):
         exact = values_and_gradients(partial(native.conv2d, padding=1), (x, w, b), grad_output)
         for name, a, e in zip(NAMES, actual, exact, strict=True):
             assert_same(a, e, f"{layout} {name}")
+
+
+@pytest.mark.parametrize("channels", mostly_big([3, 16], 0))
+def test_padding_of_each_side(backend, channels):
+    """The operator takes four paddings, top, left, bottom and right."""
+    inputs = Case((2, channels, 13, 14), (16, channels, 3, 3)).tensors(partial(integers, torch.float32))
+    grad_output = integers(torch.float32, (2, 16, 12, 17))
+    ours = lambda x, w, b: torch.ops.fastnn.conv2d(x, w, b, [1, 1], [1, 2, 0, 3], [1, 1], 1, False)  # noqa: E731
+    padded = lambda x, w, b: native.conv2d(native.pad(x, (2, 3, 1, 0)), w, b)  # noqa: E731
+    actual = values_and_gradients(ours, inputs, grad_output)
+    for name, a, e in zip(NAMES, actual, values_and_gradients(padded, inputs, grad_output), strict=True):
+        assert_same(a, e, name)
 
 
 DEPTHWISE_LAYOUTS = [

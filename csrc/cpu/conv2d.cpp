@@ -1,5 +1,5 @@
 // Glue of fastnn::conv2d, conv2d_relu_max_pool2d and conv2d_backward on the CPU: checks, output allocation, and the
-// plan of a call (how planes are laid out and work is cut); the kernels are in kernels/conv2d_tier.h.
+// plan of a call (how planes are laid out and work is cut); the kernels are in kernels/conv2d*_tier.h.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -10,6 +10,7 @@
 #include "cpu/kernels/conv2d_depthwise.h"
 #include "cpu/kernels/conv2d_pointwise.h"
 #include "cpu/kernels/conv2d_pooled.h"
+#include "cpu/kernels/conv2d_winograd.h"
 #include "cpu/memory.h"
 
 namespace fastnn::cpu {
@@ -408,8 +409,68 @@ void run_depthwise(const TapGrad& p, DepthwiseGrad& d, DType dtype) {
       });
 }
 
+// ---- many channels a group ----
+
+// Winograd's convolution wins where there are channels to sum over, and tiles to share the weight's transform. A
+// block's transformed tiles take half of an L2 cache, but are so many that the weight is not read too often.
+constexpr int64_t kWinogradChannels = 16, kWinogradTiles = 32;
+constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
+constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
+
+// A 3 x 3 window that moves by one, pooled by tiles if at all, and large enough.
+bool is_winograd(const WinogradConv& w) {
+  const TapConv& p = w.conv;
+  const PoolShape& pool = p.result.pool;
+  const bool window =
+      p.num_taps == 9 && p.planes.step_h == 1 && p.planes.step_w == 1 && p.planes.halo_h == 2 && p.planes.halo_w == 2;
+  const bool by_tiles =
+      !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
+  return window && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
+         std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.tiles() >= kWinogradTiles;
+}
+
+WinogradConv winograd_conv(const TapConv& p) {
+  WinogradConv w{};
+  w.conv = p;
+  w.tile_rows = p.result.pool_code ? p.result.pool.out_h : ceil_div(p.rows, 2);
+  w.tile_cols = p.result.pool_code ? p.result.pool.out_w : ceil_div(p.cols, 2);
+  return w;
+}
+
+// False where a result was not finite: then none may be used.
+bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std::array<int64_t, 3>& strides) {
+  const WinogradKernels& kernels = winograd_kernels();
+  const TapConv& p = w.conv;
+  const int64_t element = accumulator_size(dtype), width = kernels.gemm_results[element == 4];
+  const int64_t fit = std::max(kWinogradBlock, kWinogradBytes / (kWinogradProducts * p.group_channels * element));
+  const int64_t blocks = ceil_div(w.tiles(), fit);
+  w.block_tiles = ceil_div(ceil_div(w.tiles(), blocks), kernels.gemm_tiles) * kernels.gemm_tiles;
+  // Too few blocks for the threads: they share a block's result channels.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t splits = threads == 1 ? 1 : ceil_div(2 * threads, blocks * p.groups);
+  w.group_runs = ceil_div(p.group_results, width);
+  w.block_runs = ceil_div(w.group_runs, splits);
+  w.run_product = (ceil_div(p.group_channels * width, 16) | 1) * 16;  // an odd number of cache lines: see set_block
+  w.scratch = kernels.scratch[dtype](w);
+
+  const int64_t runs = p.groups * w.group_runs, run_size = kWinogradProducts * w.run_product;
+  const Scratch<char> packed(runs * run_size * element);
+  w.conv.weight = packed.get();
+  torch::stable::parallel_for(
+      0, runs, std::max<int64_t>(1, kWinogradGrain / run_size), [&](int64_t begin, int64_t end) {
+        kernels.pack_weight[dtype](w, weight.data_ptr(), strides.data(), packed.get(), begin, end);
+      });
+  std::atomic<bool> finite{true};
+  run_tasks(w, [&](const WinogradConv& plan, void* scratch, int64_t begin, int64_t end) {
+    if (!kernels.run[dtype](plan, scratch, begin, end)) finite = false;
+  });
+  return finite;
+}
+
+// Not where the result reaches past the source.
 bool is_pointwise(const TapConv& p) {
-  return p.groups == 1 && p.num_taps == 1 && p.planes.origin_h == 0 && p.planes.origin_w == 0 && !p.result.pool_code &&
+  return p.groups == 1 && p.num_taps == 1 && p.planes.origin_h == 0 && p.planes.origin_w == 0 &&
+         p.rows <= p.source.height && p.cols <= p.source.width && !p.result.pool_code &&
          contiguous_along(&Strides4::c, p.source) && p.result.stride.c == 1;
 }
 
@@ -433,6 +494,8 @@ void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t,
   const ConvKernels& kernels = conv_kernels();
   const int64_t element = accumulator_size(dtype);
   if (is_pointwise(p)) return run_pointwise(p, dtype, weight, strides);
+  WinogradConv winograd = winograd_conv(p);
+  if (is_winograd(winograd) && run_winograd(winograd, dtype, weight, strides)) return;
   plan(p, element, kernels.lanes[element == 4], kernels.tile_results);
   const Scratch<char> packed(p.groups * p.group_results * p.group_channels * p.num_taps * element);
   const int64_t blocks = p.groups * ceil_div(p.group_results, kernels.tile_results);

@@ -1,0 +1,41 @@
+// Interface of Winograd's convolution, torch-free: a TapConv whose taps are a 3 x 3 window moving by one.
+#pragma once
+
+#include "cpu/kernels/conv2d.h"
+
+namespace fastnn::cpu {
+
+// Products are transformed tiles: 2 x 2 results (one pooling window, where the result is pooled) out of 4 x 4 of the
+// source. Tiles are counted along a row of tiles, then down an image, then over the batch.
+constexpr int64_t kWinogradProducts = 16;
+
+struct WinogradConv {
+  TapConv conv;                  // its planes give the geometry only, its weight is packed by pack_weight below
+  int64_t tile_rows, tile_cols;  // of an image
+  int64_t block_tiles;           // a task's tiles, at most; a multiple of gemm_tiles
+  int64_t group_runs;            // runs of gemm_results result channels in a group ...
+  int64_t block_runs;            // ... and in a task, at most
+  int64_t run_product;           // elements of a run's weights for one product
+  int64_t scratch;               // bytes a thread needs
+
+  int64_t tiles() const { return conv.batch * tile_rows * tile_cols; }
+  int64_t splits() const { return (group_runs + block_runs - 1) / block_runs; }
+  int64_t tasks() const { return (tiles() + block_tiles - 1) / block_tiles * conv.groups * splits(); }
+};
+
+struct WinogradKernels {
+  int gemm_tiles;       // tiles ...
+  int gemm_results[2];  // ... and result channels of a register tile, for float64 and float32
+  // Packs runs [begin, end) of a weight viewed as [group][m][c][tap], kWinogradProducts * run_product elements each.
+  // strides: of group, m and c, elements.
+  void (*pack_weight[kNumDTypes])(const WinogradConv&, const void* weight, const int64_t* strides, void* packed,
+                                  int64_t begin, int64_t end);
+  int64_t (*scratch[kNumDTypes])(const WinogradConv&);
+  // Tasks [begin, end). False, at once, where a result is not finite: an infinity or NaN has then reached the other
+  // results of its tile too, so that none of the call's results may be used.
+  bool (*run[kNumDTypes])(const WinogradConv&, void* scratch, int64_t begin, int64_t end);
+};
+
+const WinogradKernels& winograd_kernels();
+
+}  // namespace fastnn::cpu

@@ -1,0 +1,427 @@
+// Winograd's F(2x2, 3x3): out = A^T [(G g G^T) * (B^T d B)] A, summed over the source channels between the brackets. A
+// tile of 2 x 2 results takes 16 multiplications a channel pair instead of 36.
+//
+// Per task = (block of tiles, group of channels, some of its result channels):
+//   1. input   four source rows at a time are packed as vectors of channels (here end the source's layout, its padding
+//              and its ReLU mask), and every tile's B^T d B is written to products[16][tile][channel].
+//   2. GEMMs   sixteen of them, tiles x source channels x result channels: kGemmTiles tiles x kGemmVectors vectors of
+//              result channels stay in registers over all source channels. Each step loads kGemmVectors vectors of
+//              weights and broadcasts kGemmTiles elements for their product in FMAs: 8/12 on AVX2, 10/16 on AVX-512.
+//   3. output  A^T m A, the bias, ReLU and the max-pool of the tile, in registers; rows of results leave through a
+//              line that stays in the L1 cache, which is transposed where the result is not channels_last.
+// A tile's sums are the same wherever blocks are cut.
+//
+// Blocking: the transformed tiles of a block (64 bytes a tile and channel in float32) stay in the L2 cache while every
+// result channel's weights pass by, 64 bytes a pair of channels: weights are read from the outer caches once a block.
+//
+// Operations a tile of 2 x 2 results: 2 * 16 * C * M in the GEMMs, against 2 * 36 * C * M of the direct sum; 24 * C
+// additions for the input (neighbours share columns), 24 * M for the output. The transforms write and read 64 bytes of
+// cache a tile and channel on either side.
+
+#if FASTNN_VECTOR_BYTES == 64
+constexpr int kGemmTiles = 8;
+#else
+constexpr int kGemmTiles = 6;
+#endif
+constexpr int kGemmVectors = 2;
+constexpr int kLineVectors = 64 / FASTNN_VECTOR_BYTES;  // vectors in a cache line: source channels packed together
+
+// A count of elements rounded up to an odd number of 64-byte lines (of float32): arrays that lie a power of two apart
+// would share cache sets.
+FASTNN_INLINE int64_t odd_lines(int64_t elements) { return ((elements + 15) / 16 | 1) * 16; }
+
+// Where a thread's scratch memory lies, in elements.
+template <class A>
+struct WinogradScratch {
+  int64_t channel_pitch;  // between tiles of one product
+  int64_t product;        // between products of the source
+  int64_t sum;            // between products of the result
+  int64_t products, sums, rows, line, codes, end;
+
+  explicit WinogradScratch(const WinogradConv& w) {
+    constexpr int64_t L = kLanes<A>, kWidth = kGemmVectors * L;
+    channel_pitch = (w.conv.group_channels + L - 1) / L * L;
+    product = odd_lines(w.block_tiles * channel_pitch);
+    sum = odd_lines(w.block_tiles * kWidth);
+    products = 0;
+    sums = products + kWinogradProducts * product;
+    rows = sums + kWinogradProducts * sum;
+    line = rows + 4 * (2 * w.block_tiles + 2) * kLineVectors * L;
+    codes = line + 2 * (2 * w.block_tiles + L) * L;
+    end = codes + w.block_tiles * L;
+  }
+};
+
+// Neighbouring tiles of one row of tiles.
+struct TileRun {
+  int64_t n, row, col, count;
+};
+FASTNN_INLINE TileRun tile_run(const WinogradConv& w, int64_t tile, int64_t end) {
+  const int64_t row = tile / w.tile_cols, col = tile % w.tile_cols, left = w.tile_cols - col;
+  return {row / w.tile_rows, row % w.tile_rows, col, end - tile < left ? end - tile : left};
+}
+
+// ---- input ----
+
+// `cols` pixels of a row as vectors of `lanes` channels. What lies `ahead` is prefetched: a run reads less of a row
+// than a hardware prefetcher needs to see.
+template <class T>
+FASTNN_INLINE void read_vectors(const T* p, int64_t stride_c, int64_t stride_w, int lanes, int cols, int64_t ahead,
+                                Vec<Accumulator<T>>* out) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  if (stride_c == 1) {
+    for (int j = 0; j < cols; ++j) {
+      __builtin_prefetch(p + j * stride_w + ahead);
+      out[j] = lanes == L ? load(p + j * stride_w) : load_n(p + j * stride_w, lanes);
+    }
+  } else if (stride_w == 1) {
+    for (int i = 0; i < lanes; ++i) __builtin_prefetch(p + i * stride_c + ahead);
+    for (int i = 0; i < L; ++i)
+      out[i] = i >= lanes ? Vec<A>{} : cols == L ? load(p + i * stride_c) : load_n(p + i * stride_c, cols);
+    transpose<A>(out);
+  } else {
+    for (int j = 0; j < cols; ++j) {
+      A pixel[L] = {};
+      for (int i = 0; i < lanes; ++i) pixel[i] = to_accumulator(p[i * stride_c + j * stride_w]);
+      out[j] = load(pixel);
+    }
+  }
+}
+
+// Row y of the padded source from column x on, `lanes` channels: a vector every kLineVectors at `to`.
+template <class T>
+void pack_vectors(const ConvSource& s, int64_t n, int64_t c, int lanes, int64_t y, int64_t x, int64_t cols,
+                  Accumulator<T>* to) {
+  using A = Accumulator<T>;
+  constexpr int64_t L = kLanes<A>, kStep = kLineVectors * L;
+  int64_t first = x < 0 ? -x : 0, last = s.width - x < cols ? s.width - x : cols;
+  if (first > cols) first = cols;
+  if (y < 0 || y >= s.height || last < first) last = first;
+  for (int64_t j = 0; j < first; ++j) store(to + j * kStep, Vec<A>{});
+  for (int64_t j = first; j < last; j += L) {
+    const int count = int(last - j < L ? last - j : L);
+    Vec<A> pixels[L], relu[L];
+    read_vectors(
+        static_cast<const T*>(s.data) + n * s.stride.n + c * s.stride.c + y * s.stride.h + (x + j) * s.stride.w,
+        s.stride.c, s.stride.w, lanes, count, 2 * s.stride.h, pixels);
+    if (s.relu_output) {
+      const Strides4& stride = s.relu_stride;
+      read_vectors(
+          static_cast<const T*>(s.relu_output) + n * stride.n + c * stride.c + y * stride.h + (x + j) * stride.w,
+          stride.c, stride.w, lanes, count, 2 * stride.h, relu);
+      for (int i = 0; i < count; ++i) pixels[i] = relu[i] <= Vec<A>{} ? Vec<A>{} : pixels[i];
+    }
+    for (int i = 0; i < count; ++i) store(to + (j + i) * kStep, pixels[i]);
+  }
+  for (int64_t j = last; j < cols; ++j) store(to + j * kStep, Vec<A>{});
+}
+
+// B^T of one column: four rows of the packed source.
+template <class A>
+FASTNN_INLINE void column_products(const A* const* rows, int64_t at, Vec<A>* out) {
+  const Vec<A> d0 = load(rows[0] + at), d1 = load(rows[1] + at), d2 = load(rows[2] + at), d3 = load(rows[3] + at);
+  out[0] = d0 - d2, out[1] = d1 + d2, out[2] = d2 - d1, out[3] = d1 - d3;
+}
+
+// One vector of channels of `count` neighbouring tiles.
+template <class A>
+void input_products(const A* const* rows, int64_t count, A* out, int64_t pitch, int64_t product) {
+  constexpr int64_t kStep = kLineVectors * kLanes<A>;
+  Vec<A> a[4], b[4], c[4], d[4];
+  column_products(rows, 0, a);
+  column_products(rows, kStep, b);
+  for (int64_t tile = 0; tile < count; ++tile, out += pitch) {
+    column_products(rows, (2 * tile + 2) * kStep, c);
+    column_products(rows, (2 * tile + 3) * kStep, d);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      A* to = out + 4 * i * product;
+      store(to, a[i] - c[i]);
+      store(to + product, b[i] + c[i]);
+      store(to + 2 * product, c[i] - b[i]);
+      store(to + 3 * product, b[i] - d[i]);
+      a[i] = c[i], b[i] = d[i];
+    }
+  }
+}
+
+// products[16][tile][channel] of tiles [begin, end); further tiles are zero, up to whole register tiles.
+template <class T>
+void transform_input(const WinogradConv& w, int64_t c0, int64_t begin, int64_t end,
+                     const WinogradScratch<Accumulator<T>>& s, Accumulator<T>* scratch) {
+  using A = Accumulator<T>;
+  constexpr int64_t L = kLanes<A>, kStep = kLineVectors * L;
+  const ConvSource& source = w.conv.source;
+  const int64_t channels = w.conv.group_channels, row_size = (2 * w.block_tiles + 2) * kStep;
+  A* products = scratch + s.products;
+  for (int64_t c = 0; c < channels; c += kStep) {
+    TileRun before{0, -2, 0, 0};
+    for (int64_t tile = begin; tile < end; tile += before.count) {
+      const TileRun run = tile_run(w, tile, end);
+      // The run above, if it is of a whole row, has left two of the four source rows.
+      const int64_t left = run.row == before.row + 1 && before.col == 0 ? 2 : 0;
+      A* rows[4];
+      for (int64_t i = 0; i < 4; ++i) rows[i] = scratch + s.rows + (2 * run.row + i) % 4 * row_size;
+      for (int64_t v = 0; v < kLineVectors && c + v * L < channels; ++v) {
+        const int lanes = int(channels - c - v * L < L ? channels - c - v * L : L);
+        for (int64_t i = left; i < 4; ++i)
+          pack_vectors<T>(source, run.n, c0 + c + v * L, lanes, 2 * run.row + i - w.conv.planes.origin_h,
+                          2 * run.col - w.conv.planes.origin_w, 2 * run.count + 2, rows[i] + v * L);
+        const A* at[4] = {rows[0] + v * L, rows[1] + v * L, rows[2] + v * L, rows[3] + v * L};
+        input_products(at, run.count, products + (tile - begin) * s.channel_pitch + c + v * L, s.channel_pitch,
+                       s.product);
+      }
+      before = run;
+    }
+  }
+  for (int64_t tile = end - begin; tile % kGemmTiles; ++tile)
+    for (int64_t k = 0; k < kWinogradProducts; ++k)
+      for (int64_t c = 0; c < s.channel_pitch; c += L)
+        store(products + k * s.product + tile * s.channel_pitch + c, Vec<A>{});
+}
+
+// ---- weight ----
+
+// G of three values.
+template <class V>
+FASTNN_INLINE void weight_products(V g0, V g1, V g2, V* out) {
+  const V half = (g0 + g2) / 2, middle = g1 / 2;
+  out[0] = g0, out[1] = half + middle, out[2] = half - middle, out[3] = g2;
+}
+
+// packed[run of kWidth result channels][16][source channel][result channel]: G g G^T. Of a run that one vector holds,
+// only that vector is stored.
+template <class T>
+void pack_products(const WinogradConv& w, const void* weight_, const int64_t* strides, void* packed_, int64_t begin,
+                   int64_t end) {
+  using A = Accumulator<T>;
+  constexpr int64_t L = kLanes<A>, kWidth = kGemmVectors * L;
+  const TapConv& p = w.conv;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t group = index / w.group_runs, m = index % w.group_runs * kWidth;
+    const int64_t count = p.group_results - m < kWidth ? p.group_results - m : kWidth, width = count > L ? kWidth : L;
+    const T* weight = static_cast<const T*>(weight_) + group * strides[0] + m * strides[1];
+    A* packed = static_cast<A*>(packed_) + index * kWinogradProducts * w.run_product;
+    A taps[9][kWidth] = {};
+    for (int64_t c = 0; c < p.group_channels; ++c, packed += width) {
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t t = 0; t < 9; ++t)
+          taps[p.taps[t].row * 3 + p.taps[t].col][i] =
+              to_accumulator(weight[i * strides[1] + c * strides[2] + p.taps[t].weight]);
+      for (int64_t v = 0; v < width; v += L) {
+        Vec<A> left[4][3], out[4];
+        for (int j = 0; j < 3; ++j) {
+          weight_products(load(taps[j] + v), load(taps[3 + j] + v), load(taps[6 + j] + v), out);
+          for (int i = 0; i < 4; ++i) left[i][j] = out[i];
+        }
+        for (int i = 0; i < 4; ++i) {
+          weight_products(left[i][0], left[i][1], left[i][2], out);
+          for (int j = 0; j < 4; ++j) store(packed + (4 * i + j) * w.run_product + v, out[j]);
+        }
+      }
+    }
+  }
+}
+
+// ---- GEMMs ----
+
+// sums[tile][result channel] of kGemmTiles tiles and NV vectors of result channels.
+template <class A, int NV>
+FASTNN_INLINE void gemm_tile(const A* products, int64_t pitch, const A* weight, int64_t channels, A* sums) {
+  Vec<A> sum[kGemmTiles][NV] = {};
+  for (int64_t c = 0; c < channels; ++c, weight += NV * kLanes<A>) {
+    Vec<A> b[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) b[v] = load(weight + v * kLanes<A>);
+#pragma GCC unroll 8
+    for (int i = 0; i < kGemmTiles; ++i) {
+      const Vec<A> a = splat(products[i * pitch + c]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) sum[i][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kGemmTiles; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store(sums + (i * NV + v) * kLanes<A>, sum[i][v]);
+}
+
+template <class A, int NV>
+void gemm(const A* products, int64_t pitch, const A* weight, int64_t channels, int64_t tiles, A* sums) {
+  for (int64_t tile = 0; tile < tiles; tile += kGemmTiles)
+    gemm_tile<A, NV>(products + tile * pitch, pitch, weight, channels, sums + tile * NV * kLanes<A>);
+}
+
+// ---- output ----
+
+// A row of `count` pixels, vectors of `lanes` channels, in the result's layout: channels or columns are neighbours.
+template <class T>
+void write_vectors(const Accumulator<T>* pixels, int64_t count, int lanes, T* to, int64_t stride_c, int64_t stride_w) {
+  using A = Accumulator<T>;
+  constexpr int64_t L = kLanes<A>;
+  if (stride_c == 1) {
+    for (int64_t i = 0; i < count; ++i)
+      if (lanes == L)
+        store(to + i * stride_w, load(pixels + i * L));
+      else
+        store_n(to + i * stride_w, load(pixels + i * L), lanes);
+    return;
+  }
+  for (int64_t i = 0; i < count; i += L) {
+    Vec<A> square[L];
+    for (int64_t j = 0; j < L; ++j) square[j] = load(pixels + (i + j) * L);
+    transpose<A>(square);
+    for (int j = 0; j < lanes; ++j)
+      if (count - i >= L)
+        store(to + j * stride_c + i, square[j]);
+      else
+        store_n(to + j * stride_c + i, square[j], int(count - i));
+  }
+}
+
+// A^T of four values.
+template <class V>
+FASTNN_INLINE void two_results(V m0, V m1, V m2, V m3, V* out0, V* out1) {
+  *out0 = m0 + (m1 + m2);
+  *out1 = (m1 - m2) - m3;
+}
+
+// The 2 x 2 results of a tile, row by row, from products `sum` apart.
+template <class A>
+FASTNN_INLINE void results_of_tile(const A* sums, int64_t sum, Vec<A> bias, Vec<A>* out) {
+  Vec<A> top[4], bottom[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j)
+    two_results(load(sums + j * sum), load(sums + (4 + j) * sum), load(sums + (8 + j) * sum),
+                load(sums + (12 + j) * sum), &top[j], &bottom[j]);
+  two_results(top[0], top[1], top[2], top[3], &out[0], &out[1]);
+  two_results(bottom[0], bottom[1], bottom[2], bottom[3], &out[2], &out[3]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) out[i] += bias;
+}
+
+// Max-pools the 2 x 2 results of `count` tiles, as torch: the first of equal maxima. `codes`: a byte a lane.
+template <class A>
+Vec<A> pool_tiles(const A* sums, int64_t width, int64_t sum, Vec<A> bias, int64_t count, A* line, uint8_t* codes) {
+  constexpr int64_t L = kLanes<A>;
+  Vec<A> check{}, out[4];
+  for (int64_t i = 0; i < count; ++i) {
+    results_of_tile(sums + i * width, sum, bias, out);
+    Vec<A> best = out[0];
+    Mask<A> element{};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      check += out[j] * A(0);
+      element = out[j] > best ? Mask<A>{} + j : element;
+      best = max(best, out[j]);
+    }
+    store(line + i * L, max(Vec<A>{}, best));
+    store_bytes(codes + i * L, best <= Vec<A>{} ? Mask<A>{} + kPoolNone : element);
+  }
+  return check;
+}
+
+// The 2 x 2 results of `count` tiles as two rows of pixels, ReLU applied.
+template <class A, bool relu>
+Vec<A> result_tiles(const A* sums, int64_t width, int64_t sum, Vec<A> bias, int64_t count, A* line, A* next_line) {
+  constexpr int64_t L = kLanes<A>;
+  Vec<A> check{}, out[4];
+  for (int64_t i = 0; i < count; ++i) {
+    results_of_tile(sums + i * width, sum, bias, out);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      check += out[j] * A(0);
+      store((j < 2 ? line : next_line) + (2 * i + j % 2) * L, relu ? max(Vec<A>{}, out[j]) : out[j]);
+    }
+  }
+  return check;
+}
+
+// Result channels [m, m + lanes) of tiles [begin, end): a vector of every product in `sums`, whose tiles are `width`
+// apart. Returns zeros, but NaN where a result is not finite.
+template <class T>
+Vec<Accumulator<T>> transform_output(const WinogradConv& w, int64_t m, int lanes, int64_t begin, int64_t end,
+                                     const Accumulator<T>* sums, int64_t width,
+                                     const WinogradScratch<Accumulator<T>>& s, Accumulator<T>* scratch) {
+  using A = Accumulator<T>;
+  constexpr int64_t L = kLanes<A>;
+  const ConvResult& result = w.conv.result;
+  A* line = scratch + s.line;
+  A* next_line = line + (2 * w.block_tiles + L) * L;
+  uint8_t* codes = reinterpret_cast<uint8_t*>(scratch + s.codes);
+  const Vec<A> bias = w.conv.bias ? load_n(static_cast<const A*>(w.conv.bias) + m, lanes) : Vec<A>{};
+  Vec<A> check{};
+  for (int64_t tile = begin, count; tile < end; tile += count, sums += count * width) {
+    const TileRun run = tile_run(w, tile, end);
+    count = run.count;
+    T* to = static_cast<T*>(result.data) + run.n * result.stride.n + m * result.stride.c;
+    if (result.pool_code) {
+      check += pool_tiles(sums, width, s.sum, bias, count, line, codes);
+      write_vectors<T>(line, count, lanes, to + run.row * result.stride.h + run.col * result.stride.w, result.stride.c,
+                       result.stride.w);
+      const Strides4& stride = result.code_stride;
+      uint8_t* code = result.pool_code + run.n * stride.n + m * stride.c + run.row * stride.h + run.col * stride.w;
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < lanes; ++j) code[i * stride.w + j * stride.c] = codes[i * L + j];
+      continue;
+    }
+    check += w.conv.relu ? result_tiles<A, true>(sums, width, s.sum, bias, count, line, next_line)
+                         : result_tiles<A, false>(sums, width, s.sum, bias, count, line, next_line);
+    const int64_t y = 2 * run.row, x = 2 * run.col, left = w.conv.cols - x, cols = 2 * count < left ? 2 * count : left;
+    to += y * result.stride.h + x * result.stride.w;
+    write_vectors<T>(line, cols, lanes, to, result.stride.c, result.stride.w);
+    if (y + 1 < w.conv.rows)
+      write_vectors<T>(next_line, cols, lanes, to + result.stride.h, result.stride.c, result.stride.w);
+  }
+  return check;
+}
+
+template <class T>
+bool run_winograd(const WinogradConv& w, void* scratch_, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  constexpr int64_t L = kLanes<A>, kWidth = kGemmVectors * L;
+  const TapConv& p = w.conv;
+  const WinogradScratch<A> s(w);
+  A *scratch = static_cast<A*>(scratch_), *products = scratch + s.products, *sums = scratch + s.sums;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t split = task % w.splits(), group = task / w.splits() % p.groups;
+    const int64_t first = task / (w.splits() * p.groups) * w.block_tiles, run = split * w.block_runs;
+    const int64_t last = first + w.block_tiles < w.tiles() ? first + w.block_tiles : w.tiles();
+    const int64_t end_run = run + w.block_runs < w.group_runs ? run + w.block_runs : w.group_runs;
+    transform_input<T>(w, group * p.group_channels, first, last, s, scratch);
+    const A* weight =
+        static_cast<const A*>(p.weight) + (group * w.group_runs + run) * kWinogradProducts * w.run_product;
+    Vec<A> check{};
+    for (int64_t m = run * kWidth; m < end_run * kWidth; m += kWidth) {
+      const int64_t count = p.group_results - m < kWidth ? p.group_results - m : kWidth;
+      for (int64_t k = 0; k < kWinogradProducts; ++k, weight += w.run_product)
+        if (count > L)
+          gemm<A, 2>(products + k * s.product, s.channel_pitch, weight, p.group_channels, last - first,
+                     sums + k * s.sum);
+        else
+          gemm<A, 1>(products + k * s.product, s.channel_pitch, weight, p.group_channels, last - first,
+                     sums + k * s.sum);
+      for (int64_t i = 0; i < count; i += L)
+        check += transform_output<T>(w, group * p.group_results + m + i, int(count - i < L ? count - i : L), first,
+                                     last, sums + i, count > L ? kWidth : L, s, scratch);
+    }
+    if (sum_lanes(check) != 0) return false;
+  }
+  return true;
+}
+
+template <class T>
+int64_t winograd_scratch(const WinogradConv& w) {
+  return WinogradScratch<Accumulator<T>>(w).end * int64_t(sizeof(Accumulator<T>));
+}
+
+#define FASTNN_ALL_DTYPES(function) {function<double>, function<float>, function<bf16>, function<f16>}
+const WinogradKernels kWinogradKernels = {
+    kGemmTiles,
+    {kGemmVectors * kLanes<double>, kGemmVectors * kLanes<float>},
+    FASTNN_ALL_DTYPES(pack_products),
+    FASTNN_ALL_DTYPES(winograd_scratch),
+    FASTNN_ALL_DTYPES(run_winograd),
+};
+#undef FASTNN_ALL_DTYPES
