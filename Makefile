@@ -8,6 +8,8 @@ CXX ?= g++
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python3.10,$(shell \
 	$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $p)))
+# Of test-gpu and bench-gpu: torch is there already, nothing is downloaded.
+GPU_PYTHON ?= python3
 FREE_GB := 3
 # More arguments for pytest, the demo or the benchmarks: make test ARGS='-k relu'
 ARGS ?=
@@ -16,7 +18,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 EMULATION := $(shell find tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 missing = { echo "fastnn: $(1)" >&2; exit 1; }
 
-.PHONY: help demo test test-asan lint bench clean
+.PHONY: help demo test test-asan test-gpu lint bench bench-gpu clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -32,6 +34,10 @@ test: $(VENV)/.built  ## run the test suite
 test-asan: $(VENV)/.built  ## build with AddressSanitizer and UBSan, and run the kernel tests
 	@PYTHON=$(BIN)/python CXX="$(CXX)" sh tests/asan.sh $(ARGS)
 
+test-gpu:  ## where python3 has a CUDA build of torch: build in place for it, and run the test suite there
+	@FASTNN_CUDA=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
+	@$(GPU_PYTHON) -m pytest $(ARGS)
+
 lint: $(VENV)/.built  ## ruff, mypy and clang-format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -40,6 +46,11 @@ lint: $(VENV)/.built  ## ruff, mypy and clang-format
 
 bench: $(VENV)/.built  ## run every benchmark and rewrite its results, plots and the README's table
 	@$(BIN)/python -m benchmarks --json benchmarks/results/cpu.json --plot docs/benchmarks --readme $(ARGS)
+
+bench-gpu:  ## the same there on the GPU, into benchmarks/results/ under its name
+	@FASTNN_CUDA=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
+	@$(GPU_PYTHON) -m benchmarks --device cuda $(ARGS) --json "benchmarks/results/$$($(GPU_PYTHON) -c \
+		'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
 
 clean:  ## remove what was built or written, but not .venv
 	rm -rf build dist *.egg-info fastnn/*.so demo-results $(VENV)/.built

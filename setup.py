@@ -49,10 +49,10 @@ def why_no_cuda(mode: str) -> str | None:
         return "nvcc was not found (CUDA_HOME names its toolkit)"
     if torch.version.cuda is None:
         return None if mode == "1" else "this torch is no CUDA build"
-    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
-    version = re.search(r"release (\d+)\.", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    nvcc = [f"{cpp_extension.CUDA_HOME}/bin/nvcc", "--version"]
+    version = re.search(r"release (\d+)\.", subprocess.run(nvcc, capture_output=True, text=True).stdout)
     if version is None or version[1] != torch.version.cuda.split(".")[0]:
-        return f"{nvcc} is of CUDA {version and version[1]}, torch of {torch.version.cuda}"
+        return f"{nvcc[0]} is of CUDA {version and version[1]}, torch of {torch.version.cuda}"
     return None
 
 
@@ -73,7 +73,7 @@ def extension(name: str, folders: list[str], macros: dict[str, str], **more) -> 
         depends=[f for f in files if f.endswith(".h")],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include(), *more.pop("include_dirs", [])],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI), *macros.items()],
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++17", "-lineinfo"]},
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++17", "-lineinfo", "--threads=2"]},
         **more,
     )
 
@@ -115,7 +115,5 @@ if __name__ == "__main__":
         f"time), CUDA kernels {'off: ' + no_cuda if no_cuda else 'for ' + ARCHITECTURES}, "
         f"{os.environ['MAX_JOBS']} jobs" + (f", sanitizers {SANITIZE}" if SANITIZE else "")
     )
-    setup(
-        ext_modules=[cpu_extension(), *([] if no_cuda else [cuda_extension(mode)])],
-        cmdclass={"build_ext": Build},
-    )
+    extensions = [cpu_extension()] if no_cuda else [cpu_extension(), cuda_extension(mode)]
+    setup(ext_modules=extensions, cmdclass={"build_ext": Build})

@@ -1,11 +1,13 @@
 // fastnn._C: what was built and what is in use. The operators are not here: loading this library registers them as
-// torch.ops.fastnn.*. Only the optimizers' are also called from here, straight with Python lists (python_lists.h).
+// torch.ops.fastnn.*. Only the optimizers' are also called from here, straight with Python lists
+// (common/python_lists.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "common/tensor_lists.h"
 #include "cpu/isa.h"
-#include "cpu/python_lists.h"
+#include "cpu/optimizers.h"
 
 namespace {
 
@@ -27,7 +29,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(isa_name(current_isa())); }, "The instruction set in use.");
   m.def("set_isa", &set_current_isa, pybind11::arg("isa"), "Switch the whole process to another available one.");
   m.def("num_threads", [] { return torch::stable::get_num_threads(); }, "Threads a kernel uses at most.");
-  pybind11::register_exception<NotCovered>(m, "NotCovered", PyExc_RuntimeError);
+  pybind11::register_exception<fastnn::NotCovered>(m, "NotCovered", PyExc_RuntimeError);
   bind_adam(m);
   bind_sgd(m);
   current_isa();  // a bad FASTNN_CPU_ISA fails the import, not the first kernel

@@ -32,16 +32,17 @@ STABLE_TORCH_LIBRARY(fastnn, m) {
       "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
       "int reduction, int ignore_index, float label_smoothing) -> Tensor grad_input");
   // One optimizer step of every parameter, in place, the state_steps (float32 or float64 scalars) included. Gradients
-  // are divided by grad_scale, in place, where it is given. max_exp_avg_sqs: empty without amsgrad.
+  // are divided by grad_scale, in place, where it is given. max_exp_avg_sqs: empty without amsgrad. Of CUDA tensors, lr
+  // and grad_scale may be numbers in device memory, and if found_inf is not 0 there, nothing is changed.
   m.def(
       "adam_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
       "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, float lr, float beta1, float beta2, "
       "float weight_decay, float eps, bool amsgrad, bool maximize, bool decoupled_weight_decay, "
-      "float? grad_scale=None) -> ()");
+      "float? grad_scale=None, Tensor? lr_tensor=None, Tensor? grad_scale_tensor=None, Tensor? found_inf=None) -> ()");
   // momentum_buffer_list: empty where momentum is 0. first_steps: indices of the parameters whose buffer is written
   // without being read. lr_in_velocity: the buffer holds -lr times what it holds otherwise.
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffer_list, int[] first_steps, float lr, "
       "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool lr_in_velocity, "
-      "float? grad_scale=None) -> ()");
+      "float? grad_scale=None, Tensor? lr_tensor=None, Tensor? grad_scale_tensor=None, Tensor? found_inf=None) -> ()");
 }

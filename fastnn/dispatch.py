@@ -38,7 +38,11 @@ OPERATORS = {
 }
 # The backends that have kernels, the preferred one first: the device types they run on, and the ops they have.
 DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
-KERNELS = {"cpu": tuple(OPERATORS), "cuda": ("relu", "cross_entropy"), "triton": tuple(OPERATORS)}
+KERNELS = {
+    "cpu": tuple(OPERATORS),
+    "cuda": ("relu", "cross_entropy", "adam", "sgd"),
+    "triton": tuple(OPERATORS),
+}
 # Triton's interpreter takes CPU tensors, slowly: it is for tests, and is used only where it is forced.
 FORCED_DEVICES = {**DEVICES, "triton": (*DEVICES["triton"], "cpu")}
 
@@ -51,9 +55,12 @@ def _load_cuda() -> str | None:
         from fastnn import _C_cuda as _C_cuda
     except ImportError as error:
         return f"this build has no CUDA kernels: {error}"
+    LIBRARIES["cuda"] = _C_cuda
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
+# The compiled kernels' own entry points, past the dispatcher, of the backends that have them.
+LIBRARIES: dict[str, Any] = {"cpu": _C}
 CUDA_OFF = _load_cuda()
 
 

@@ -39,6 +39,7 @@ if EMULATED_CUDA:
     spec = importlib.util.spec_from_file_location("_C_cuda", EMULATED_CUDA)
     emulated_cuda = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(emulated_cuda)
+    fastnn.dispatch.LIBRARIES["cpu"] = emulated_cuda
 if "triton" in BACKENDS and not GPU:
     import triton_interpreter
 

@@ -22,6 +22,8 @@ HOT = [
     "backward_rows_kernel",
     "forward_columns_kernel",
     "backward_columns_kernel",
+    "adam_kernel",
+    "sgd_kernel",
 ]
 
 SCRIPT = f"""

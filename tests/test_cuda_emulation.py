@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "g++")
-TESTS = ["tests/test_relu.py", "tests/test_cross_entropy.py"]
+TESTS = [f"tests/test_{name}.py" for name in ("relu", "cross_entropy", "adam", "sgd", "optim")]
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the emulation is written for Linux")
 

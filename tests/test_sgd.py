@@ -107,6 +107,19 @@ def test_some_parameters_at_their_first_step(backend):
         pair.assert_equal()
 
 
+@pytest.mark.parametrize("dampening", [0, 0.3])
+def test_first_step_after_a_skipped_one(backend, dampening):
+    """Whoever reads found_inf, host or device, no momentum comes of the skipped step."""
+    pair = Pair("SGD", values_of([(5,), (6,)]), lr=0.1, momentum=0.9, dampening=dampening, fused=True)
+    for seed in range(3):
+        pair.set_grads(values_of([(5,), (6,)], seed=seed))
+        pair.ours.found_inf = torch.tensor(float(seed == 0))
+        pair.ours.step()
+        if seed > 0:
+            pair.native.step()
+            pair.assert_equal()
+
+
 def test_tensor_lr_and_weight_decay(backend):
     lr, decay = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)
     pair = Pair("SGD", values_of([(7,)]), lr=lr, weight_decay=decay, momentum=0.9)

@@ -1,7 +1,9 @@
 // Glue of fastnn::sgd_ on the CPU.
 #include "cpu/kernels/sgd.h"
 
-#include "cpu/python_lists.h"
+#include "common/python_lists.h"
+#include "cpu/optimizers.h"
+#include "cpu/slices.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -28,7 +30,7 @@ void sgd_(List params, List grads, List momentum_buffer_list, std::vector<int64_
   add("params", params, true);
   add("grads", grads, options.scaled);
   if (momentum != 0) add("momentum_buffer_list", momentum_buffer_list, true);
-  check_operands("sgd_", operands);
+  check_operands("sgd_", kCpuDevice, operands);
 
   std::vector<Momentum> modes(params.size(), momentum == 0 ? Momentum::kNone : Momentum::kOn);
   for (int64_t i : first_steps) {
@@ -39,15 +41,27 @@ void sgd_(List params, List grads, List momentum_buffer_list, std::vector<int64_
   const List no_grads;
   const Writing<List> writing({&params, options.scaled ? &grads : &no_grads, &momentum_buffer_list});
   const auto kernel = sgd_kernels().update;
-  fused_update(
-      operands, [](size_t) {},
-      [&](size_t i, DType dtype, void* const* data, int64_t count) { kernel[dtype](options, modes[i], data, count); });
+  in_batches(operands, [&](const Gathered& tensors) {
+    for_each_slice(tensors, operands.size(), [&](size_t i, DType dtype, void* const* data, int64_t count) {
+      kernel[dtype](options, modes[i], data, count);
+    });
+  });
 }
 
 }  // namespace
 
 void bind_sgd(pybind11::module_& m) { m.def("sgd_", &sgd_<pybind11::list>); }
 
-STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) { m.impl("sgd_", TORCH_BOX(&sgd_<std::vector<Tensor>>)); }
+void sgd_operator(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffer_list,
+                  std::vector<int64_t> first_steps, double lr, double momentum, double dampening, double weight_decay,
+                  bool nesterov, bool maximize, bool lr_in_velocity, std::optional<double> grad_scale,
+                  std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_scale_tensor,
+                  std::optional<Tensor> found_inf) {
+  check_numbers("sgd_", lr_tensor, grad_scale_tensor, found_inf);
+  sgd_(params, grads, momentum_buffer_list, first_steps, lr, momentum, dampening, weight_decay, nesterov, maximize,
+       lr_in_velocity, grad_scale);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) { m.impl("sgd_", TORCH_BOX(&sgd_operator)); }
 
 }  // namespace fastnn::cpu

@@ -6,16 +6,22 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "common/check.h"
+#include "common/tensor_lists.h"
 
 // The dispatch key that the kernels are registered for.
 #define FASTNN_CUDA_KEY CUDA
 
 namespace fastnn::cuda {
 
+// Where the tensors are, and whether that is the memory the host itself works in.
+constexpr DeviceCode kDevice = kCudaDevice;
+constexpr bool kOnHost = false;
+
 // Makes the tensor's device the current one while it lives.
 class DeviceOf {
  public:
   explicit DeviceOf(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+  explicit DeviceOf(const View& view) : index_(view.device_index), guard_(index_) {}
 
   // Torch's current stream of the device.
   cudaStream_t stream() const {

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.optim.step import FusedStep, states_of, updated
+from fastnn.optim.step import FusedStep, Numbers, states_of, updated
 
 
 class Adam(FusedStep, torch.optim.Adam):
     """As :class:`torch.optim.Adam`: the same arguments, errors and ``state_dict``, interchangeable mid-training.
 
     A step is one pass over all the parameters of a group that have a gradient: float64, float32, bfloat16 or float16 on
-    the CPU, of any shape and strides, with state of the same dtype (16-bit types are updated in float32 and rounded
-    once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes :class:`torch.amp.GradScaler`
-    leave the unscaling to the step, as in torch. Groups with other parameters or gradients (complex, sparse, on another
-    device, of a tensor subclass), ``capturable`` and ``differentiable`` ones are updated by torch.
+    the CPU or a CUDA device, of any shape and strides, with state of the same dtype (16-bit types are updated in
+    float32 and rounded once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes
+    :class:`torch.amp.GradScaler` leave the unscaling to the step, as in torch. Groups with other parameters or
+    gradients (complex, sparse, on another device, of a tensor subclass), ``differentiable`` ones and, on the CPU,
+    ``capturable`` ones are updated by torch.
 
     Raises:
         ValueError, TypeError, RuntimeError: what :class:`torch.optim.Adam` raises.
@@ -26,9 +27,7 @@ class Adam(FusedStep, torch.optim.Adam):
     _op = "adam"
     _native = torch.optim.Adam
 
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], skipped: bool, grad_scale: float | None
-    ) -> bool:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], numbers: Numbers) -> bool:
         lr, (beta1, beta2) = group["lr"], group["betas"]
         if group["foreach"] and any(isinstance(x, Tensor) for x in (lr, beta1, beta2)):
             return False  # an error of torch's
@@ -49,7 +48,7 @@ class Adam(FusedStep, torch.optim.Adam):
                 [s["step"] for s in states],
             ]
         options = (
-            float(lr),
+            numbers.lr,
             float(beta1),
             float(beta2),
             float(group["weight_decay"]),
@@ -57,9 +56,9 @@ class Adam(FusedStep, torch.optim.Adam):
             bool(group["amsgrad"]),
             bool(group["maximize"]),
             bool(group["decoupled_weight_decay"]),
-            grad_scale,
+            numbers.grad_scale,
         )
-        return skipped or updated("adam", lists, options)
+        return numbers.skipped or updated("adam", lists, options, numbers)
 
 
 class AdamW(Adam, torch.optim.AdamW):

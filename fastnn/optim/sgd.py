@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as native_sgd
 
-from fastnn.optim.step import FusedStep, states_of, updated
+from fastnn.optim.step import FusedStep, Numbers, states_of, updated
 
 
 class SGD(FusedStep, torch.optim.SGD):
@@ -16,10 +16,11 @@ class SGD(FusedStep, torch.optim.SGD):
     keyword more.
 
     A step is one pass over all the parameters of a group that have a gradient: float64, float32, bfloat16 or float16 on
-    the CPU, of any shape and strides, with buffers of the same dtype (16-bit types are updated in float32 and rounded
-    once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes :class:`torch.amp.GradScaler`
-    leave the unscaling to the step, as in torch. Groups with other parameters or gradients (complex, sparse, on another
-    device, of a tensor subclass) and ``differentiable`` ones are updated by torch.
+    the CPU or a CUDA device, of any shape and strides, with buffers of the same dtype (16-bit types are updated in
+    float32 and rounded once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes
+    :class:`torch.amp.GradScaler` leave the unscaling to the step, as in torch. Groups with other parameters or
+    gradients (complex, sparse, on another device, of a tensor subclass) and ``differentiable`` ones are updated by
+    torch.
 
     Args:
         lr_in_velocity: ``True`` gives the classical form ``v = momentum * v - lr * g; p = p + v`` (first step:
@@ -74,30 +75,36 @@ class SGD(FusedStep, torch.optim.SGD):
         for group in self.param_groups:
             group.setdefault("lr_in_velocity", False)
 
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], skipped: bool, grad_scale: float | None
-    ) -> bool:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], numbers: Numbers) -> bool:
         buffers: list[Tensor | None] = []
         first_steps: list[int] = []
         if group["momentum"] != 0:
             states = states_of(self, params)
             buffers = [s.get("momentum_buffer") for s in states]
             first_steps = [i for i, b in enumerate(buffers) if b is None]
-        if not skipped:
+        as_first = first_steps
+        if first_steps and numbers.on_device and (found_inf := numbers.on_device[2]) is not None:
+            if (
+                group["dampening"] == 0
+            ):  # from a buffer of zeros any step is a first one, and so may follow a skipped one
+                as_first = []
+            else:
+                numbers = numbers._replace(skipped=bool(found_inf))
+        if not numbers.skipped:
             for i in first_steps:
-                buffers[i] = torch.empty_like(params[i])
+                buffers[i] = torch.empty_like(params[i]) if as_first else torch.zeros_like(params[i])
             options = (
-                first_steps,
-                float(group["lr"]),
+                as_first,
+                numbers.lr,
                 float(group["momentum"]),
                 float(group["dampening"]),
                 float(group["weight_decay"]),
                 bool(group["nesterov"]),
                 bool(group["maximize"]),
                 bool(group["lr_in_velocity"]),
-                grad_scale,
+                numbers.grad_scale,
             )
-            if not updated("sgd", [params, grads, buffers], options):
+            if not updated("sgd", [params, grads, buffers], options, numbers):
                 return False
         for i in first_steps:
             self.state[params[i]]["momentum_buffer"] = buffers[i]

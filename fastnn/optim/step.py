@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import _C, choice, log_once, use_kernels
+from fastnn.dispatch import _C, LIBRARIES, choice, log_once, use_kernels
 from fastnn.ops.autograd import run
+
+
+class Numbers(NamedTuple):
+    """What a step is told by numbers that may be tensors: as far as the host knows them, and, for kernels that read
+    them there so that the host need not wait, as tensors on the parameters' device."""
+
+    lr: float
+    grad_scale: float | None
+    skipped: bool  # found_inf is any number but 0: the state is made, but not stepped
+    on_device: tuple[Tensor | None, ...]  # lr, grad_scale, found_inf; empty for kernels that take none
+
+    @classmethod
+    def of(cls, lr: Any, grad_scale: Any, found_inf: Any, device: torch.device | None) -> Numbers:
+        """``device``: where the kernels read tensors, if they do."""
+        if device is None:
+            return cls(float(lr), None if grad_scale is None else float(grad_scale), bool(found_inf or 0), ())
+        numbers = (lr, grad_scale, found_inf)
+        there = tuple(x if isinstance(x, Tensor) and x.device == device else None for x in numbers)
+        lr, grad_scale, found_inf = (x if tensor is None else None for x, tensor in zip(numbers, there, strict=True))
+        return cls.of(lr or 0, grad_scale, found_inf, None)._replace(on_device=there)
 
 
 class FusedStep(torch.optim.Optimizer):
@@ -39,8 +59,9 @@ class FusedStep(torch.optim.Optimizer):
         if not compiling and torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
             log_once(self._op, "of an active TorchDispatchMode")
             return False
-        for option in ("differentiable",) if compiling else ("differentiable", "capturable"):  # the compiler sets that
-            if group.get(option):
+        read_on_device = not compiling and bool(params) and library_of(self._op, params) not in (None, _C)
+        for option in ("differentiable", "capturable"):
+            if group.get(option) and not (option == "capturable" and (compiling or read_on_device)):
                 log_once(self._op, f"of {option}=True")
                 return False
         if not params:
@@ -49,14 +70,15 @@ class FusedStep(torch.optim.Optimizer):
             return False
         if compiling and isinstance(group["lr"], Tensor):  # its value is not known yet
             return False
-        skipped = bool(getattr(self, "found_inf", None) or 0)  # any number but 0
-        grad_scale = getattr(self, "grad_scale", None)
-        return self._update(group, params, grads, skipped, None if grad_scale is None else float(grad_scale))
+        if read_on_device:
+            # torch's own step asks this first; 2.13 has renamed it.
+            getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        device = params[0].device if read_on_device else None
+        return self._update(group, params, grads, Numbers.of(group["lr"], grad_scale, found_inf, device))
 
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], skipped: bool, grad_scale: float | None
-    ) -> bool:
-        """`_fused_step` of a group that the kernels may take; ``skipped``: with its state made, but not stepped."""
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], numbers: Numbers) -> bool:
+        """`_fused_step` of a group that the kernels may take."""
         raise NotImplementedError
 
     def _native_step(self, group: dict[str, Any]) -> None:
@@ -90,19 +112,26 @@ def states_of(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[di
     return [state.get(p, {}) for p in params]
 
 
-def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[Any, ...]) -> bool:
-    """Runs the kernel on lists of tensors. False where it does not take one of them: nothing has changed then."""
+def library_of(op: str, params: list[Tensor]) -> Any:
+    """The module whose kernels serve these parameters past the dispatcher, if there is one."""
+    return LIBRARIES.get(choice(op, params[0].device.type)[0])
+
+
+def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[Any, ...], numbers: Numbers) -> bool:
+    """Runs the kernel on lists of tensors, the parameters first. False where it does not take one of them: nothing has
+    changed then."""
     if torch.compiler.is_compiling():
         with torch.no_grad():
             getattr(torch.ops.fastnn, f"{op}_")(*lists, *options)
         return True
-    params = cast(Sequence[Tensor], lists[0])
+    params = cast(list[Tensor], lists[0])
+    library = library_of(op, params)
     try:
-        if choice(op, params[0].device.type)[0] == "cpu":  # straight from the lists, past the dispatcher
-            getattr(_C, f"{op}_")(*lists, *options)
+        if library is not None:  # straight from the lists, past the dispatcher
+            getattr(library, f"{op}_")(*lists, *options, *numbers.on_device)
             return True
         run(f"{op}_", *lists, *options)
-    except _C.NotCovered as refusal:
+    except (library or _C).NotCovered as refusal:
         log_once(op, str(refusal))
         return False
     grads_change = options[-1] is not None  # divided by grad_scale

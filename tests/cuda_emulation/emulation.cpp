@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -57,8 +58,8 @@ struct Fiber {
 
 char* stacks;  // of all fibers, one beside the other
 std::vector<Fiber> fibers(kMaxThreads);
-unsigned current;  // the fiber that runs
-bool in_kernel;
+unsigned current;             // the fiber that runs
+thread_local bool in_kernel;  // other threads may be in the code around a launch, which is watched as well
 Jump scheduler;
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
@@ -337,6 +338,8 @@ void access(void* pointer, size_t size, bool write) {
 }  // namespace
 
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
+  static std::mutex one_at_a_time;  // Python threads launch too
+  const std::lock_guard lock(one_at_a_time);
   error = cudaSuccess;
   thread_count = config.blockDim.x * config.blockDim.y * config.blockDim.z;
   if (thread_count == 0 || thread_count > kMaxThreads || config.gridDim.y != 1 || config.gridDim.z != 1) {

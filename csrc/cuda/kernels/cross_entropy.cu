@@ -129,11 +129,11 @@ __device__ inline bool is_ignored(const CrossEntropyArgs& args, int64_t row) {
   return args.index && args.index[row] == args.ignore_index;
 }
 
-// The class index of a row that is not ignored.
-__device__ inline int64_t true_class(const CrossEntropyArgs& args, int64_t row) {
+// The kernels check their rows' indices before anything else, while there is nothing in registers to be kept.
+__device__ inline void check_index(const CrossEntropyArgs& args, int64_t row) {
+  if (!args.index || row < 0 || row >= args.rows) return;
   const int64_t target = args.index[row];
-  FASTNN_DEVICE_ASSERT(target >= 0 && target < args.classes);
-  return target;
+  FASTNN_DEVICE_ASSERT(target == args.ignore_index || (target >= 0 && target < args.classes));
 }
 
 // Writes what forward keeps of a row; logits: of its class 0.
@@ -146,7 +146,7 @@ __device__ void finish_row(const CrossEntropyArgs& args, int64_t row, RowSums<A>
   const A sum = sums.max == minus_infinity<A>() ? A(NAN) : sums.sum, log_sum = log(sum);
   A loss = kWeighted ? sums.weight * log_sum - sums.dot : A(0), true_weight = 0;
   if (args.index && !ignored) {
-    const int64_t target = true_class(args, row);
+    const int64_t target = args.index[row];
     true_weight = A(args.keep) * weight_of<T>(args, target);
     loss += true_weight * ((sums.max - widen(logits[target * class_stride])) + log_sum);
   }
@@ -170,7 +170,7 @@ struct RowGradient {
     const A* stats = static_cast<const A*>(args.row_stats);
     A grad = static_cast<const A*>(args.grad_rows)[args.grad_per_row ? row : 0];
     if (total_weight) grad /= *total_weight;
-    const int64_t target = args.index ? true_class(args, row) : -1;
+    const int64_t target = args.index ? args.index[row] : -1;
     return {false,      target,
             stats[row], grad * (stats[row + 2 * args.rows] / stats[row + args.rows]),
             grad,       target < 0 ? A(0) : grad * (A(args.keep) * weight_of<T>(args, target))};
@@ -232,6 +232,7 @@ __global__ void __launch_bounds__(kThreads)
   using A = Accumulator<T>;
   constexpr int N = kPackElements<T>, kStep = kGroup * N;
   const Segment segment = segment_of_group<kGroup>(args, segments);
+  check_index(args, segment.row);
   RowSums<A> sums = nothing<A>();
   if (segment.row >= 0 && !is_ignored(args, segment.row)) {
     const T* x = segment_start<T>(args.logits, segment);
@@ -297,6 +298,7 @@ __global__ void __launch_bounds__(kThreads)
   using A = Accumulator<T>;
   constexpr int N = kPackElements<T>, kStep = kGroup * N;
   const Segment segment = segment_of_group<kGroup>(args, segments);
+  check_index(args, segment.row);
   if (segment.row < 0) return;
   const T* x = segment_start<T>(args.logits, segment);
   const T* q = args.index ? nullptr : segment_start<T>(args.probabilities, segment);
@@ -345,6 +347,8 @@ __global__ void __launch_bounds__(kThreads) forward_columns_kernel(const CrossEn
   constexpr int kSharedLanes = 32;  // of a block with more than one warp for its classes
   const int64_t row = column_row<N>(blockIdx.x), stride = args.logits.class_stride;
   const bool exists = row < args.rows;
+#pragma unroll
+  for (int i = 0; i < N; ++i) check_index(args, row + i);
   const T* x = exists ? column_start<T>(args, args.logits, row) : nullptr;
   const T* q = exists && !args.index ? column_start<T>(args, args.probabilities, row) : nullptr;
   RowSums<A> sums[N];
@@ -398,6 +402,8 @@ __global__ void __launch_bounds__(kThreads)
   using A = Accumulator<T>;
   const int64_t tile = blockIdx.x / class_chunks, chunk = blockIdx.x % class_chunks, row = column_row<N>(tile);
   if (row >= args.rows) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i) check_index(args, row + i);
   const T* x = column_start<T>(args, args.logits, row);
   const T* q = args.index ? nullptr : column_start<T>(args, args.probabilities, row);
   T* grad_x = column_start<T>(args, args.grad_input, row);

@@ -7,16 +7,19 @@
 
 #include "common/dtype.h"
 
-extern "C" __device__ __attribute__((noreturn)) void __assertfail(const char* condition, const char* file,
-                                                                  unsigned line, const char* function,
-                                                                  size_t char_size);
+extern "C" __device__ void __assertfail(const char* condition, const char* file, unsigned line, const char* function,
+                                        size_t char_size);
 
 namespace fastnn::cuda {
 
-// Ends the whole launch, and with it the process's use of the device, with "device-side assert triggered".
-#define FASTNN_DEVICE_ASSERT(condition)                                                     \
-  do {                                                                                      \
-    if (!(condition)) __assertfail(#condition, __FILE__, __LINE__, __func__, sizeof(char)); \
+// Ends the whole launch, and with it the process's use of the device, with "device-side assert triggered". The trap
+// tells ptxas that nothing has to be kept across the call.
+#define FASTNN_DEVICE_ASSERT(condition)                                     \
+  do {                                                                      \
+    if (!(condition)) {                                                     \
+      __assertfail(#condition, __FILE__, __LINE__, __func__, sizeof(char)); \
+      __trap();                                                             \
+    }                                                                       \
   } while (false)
 
 // T to the type it is computed in, and back: round to nearest, ties to even.

@@ -4,13 +4,18 @@
 #include <cuda_runtime_api.h>
 
 #include "common/check.h"
+#include "common/tensor_lists.h"
 
 #define FASTNN_CUDA_KEY CPU
 
 namespace fastnn::cuda {
 
+constexpr DeviceCode kDevice = kCpuDevice;
+constexpr bool kOnHost = true;
+
 struct DeviceOf {
   explicit DeviceOf(const Tensor&) {}
+  explicit DeviceOf(const View&) {}
   cudaStream_t stream() const { return nullptr; }
 };
 

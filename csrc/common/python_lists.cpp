@@ -1,10 +1,10 @@
-#include "cpu/python_lists.h"
+#include "common/python_lists.h"
 
 #include <string>
 
 namespace py = pybind11;
 
-namespace fastnn::cpu {
+namespace fastnn {
 namespace {
 
 // DLPack's own declarations, version 1 (github.com/dmlc/dlpack); torch's copy of them is not for stable-ABI builds.
@@ -24,7 +24,6 @@ struct DLPackExchangeAPI {
   int (*dltensor_from_object)(void* object, DLTensor* out);  // borrows; on failure sets a Python error
   void* current_stream;
 };
-constexpr int32_t kDLCPU = 1;
 constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
 
 // What is looked up in torch, once.
@@ -83,11 +82,11 @@ Views views_of(const py::list& tensors, const char* op, const char* name) {
       PyErr_Clear();
       refuse("a tensor that is not strided memory");
     }
-    if (tensor.device_type != kDLCPU) refuse("a tensor on another device");
     const std::optional<DType> dtype = dtype_of(tensor);
     if (!dtype) refuse("a dtype other than float64, float32, bfloat16 and float16");
     char* data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-    const View& view = views.emplace_back(data, tensor.shape, tensor.strides, tensor.ndim, *dtype);
+    const View& view = views.emplace_back(data, tensor.shape, tensor.strides, tensor.ndim, *dtype, tensor.device_type,
+                                          tensor.device_id);
     if (may_be_negated(view) && object.attr("is_neg")().cast<bool>()) refuse("a lazily negated tensor");
   }
   return views;
@@ -98,4 +97,4 @@ Writing<py::list>::Writing(std::initializer_list<const py::list*> lists) {
   released.emplace();
 }
 
-}  // namespace fastnn::cpu
+}  // namespace fastnn

@@ -1,11 +1,12 @@
-#include "cpu/tensor_lists.h"
+#include "common/tensor_lists.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
 #include "common/strides.h"
 
-namespace fastnn::cpu {
+namespace fastnn {
 namespace {
 
 constexpr ScalarType kScalarTypes[kNumDTypes] = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16,
@@ -33,8 +34,10 @@ std::string described(const View& view) {
 }
 
 Tensor tensor_of(const View& view) {
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(view.data, {view.sizes, size_t(view.dims)}, {view.strides, size_t(view.dims)}, cpu,
+  using torch::headeronly::DeviceType;
+  const torch::stable::Device device(view.device == kCpuDevice ? DeviceType::CPU : DeviceType::CUDA,
+                                     torch::stable::accelerator::DeviceIndex(view.device_index));
+  return torch::stable::from_blob(view.data, {view.sizes, size_t(view.dims)}, {view.strides, size_t(view.dims)}, device,
                                   kScalarTypes[view.dtype]);
 }
 
@@ -50,8 +53,16 @@ void copy_back(Tensor target, Tensor source) {
 
 }  // namespace
 
-View::View(void* data, const int64_t* sizes, const int64_t* strides, int64_t dims, DType dtype)
-    : data(static_cast<char*>(data)), sizes(sizes), strides(strides), dims(dims), count(1), dtype(dtype) {
+View::View(void* data, const int64_t* sizes, const int64_t* strides, int64_t dims, DType dtype, int32_t device,
+           int32_t device_index)
+    : data(static_cast<char*>(data)),
+      sizes(sizes),
+      strides(strides),
+      dims(dims),
+      count(1),
+      dtype(dtype),
+      device(device),
+      device_index(device_index) {
   for (int64_t d = 0; d < dims; ++d) count *= sizes[d];
   contiguous = count == 0 || is_contiguous(sizes, strides, dims);
 }
@@ -61,11 +72,16 @@ Views views_of(const std::vector<Tensor>& tensors, const char* op, const char* n
   views.reserve(tensors.size());
   for (const Tensor& tensor : tensors)
     views.emplace_back(tensor.data_ptr(), tensor.sizes().data(), tensor.strides().data(), tensor.dim(),
-                       dtype_of(tensor, op, name));
+                       dtype_of(tensor, op, name), tensor.is_cpu() ? kCpuDevice : kCudaDevice,
+                       tensor.is_cpu() ? 0 : tensor.get_device_index());
   return views;
 }
 
-void check_operands(const char* op, const Operands& operands) {
+Tensor empty_bytes(const View& beside, int64_t bytes) {
+  return torch::stable::new_empty(tensor_of(beside), {bytes}, ScalarType::Byte);
+}
+
+void check_operands(const char* op, DeviceCode device, const Operands& operands) {
   const Views& params = operands[0].views;
   const auto refuse = [&](const Operand& operand, const std::string& what) {
     throw NotCovered(std::string(op) + ": " + operand.name + " has " + what);
@@ -79,6 +95,8 @@ void check_operands(const char* op, const Operands& operands) {
       if (view.dtype != param.dtype || view.dims != param.dims ||
           !std::equal(view.sizes, view.sizes + view.dims, param.sizes))
         refuse(operand, described(view) + " beside a parameter that is " + described(param));
+      if (view.device != device || view.device_index != param.device_index)
+        refuse(operand, "a tensor on another device");
       // Gradients may be: see copy_back.
       if (operand.updated && !is_grads && !view.contiguous && is_expanded(view))
         refuse(operand, "elements that share memory");
@@ -106,11 +124,9 @@ bool share_memory(const Views& views) {
 
 Gathered::Gathered(const Operands& operands, size_t first, size_t last) : operands_(operands), first_(first) {
   data_.reserve((last - first) * operands.size());
-  ends_.reserve(last - first);
-  int64_t total = 0;
+  counts_.reserve(last - first);
   for (size_t i = first; i < last; ++i) {
-    total += operands[0].views[i].count;
-    ends_.push_back(total);
+    counts_.push_back(operands[0].views[i].count);
     bool contiguous = true;
     for (const Operand& operand : operands) {
       contiguous = contiguous && operand.views[i].contiguous;
@@ -138,4 +154,4 @@ void Gathered::scatter() const {
     if (copy.updated) copy_back(copy.original, copy.copy);
 }
 
-}  // namespace fastnn::cpu
+}  // namespace fastnn

@@ -8,11 +8,11 @@
 
 #include <optional>
 
-#include "cpu/tensor_lists.h"
+#include "common/tensor_lists.h"
 
-namespace fastnn::cpu {
+namespace fastnn {
 
-// Throws NotCovered for what is not a plain torch tensor in CPU memory with elements of a type the kernels have.
+// Throws NotCovered for what is not a plain torch tensor with elements of a type the kernels have.
 Views views_of(const pybind11::list& tensors, const char* op, const char* name);
 
 // Increments the tensors' version counters as torch's in-place operators do, then lets go of the GIL.
@@ -22,7 +22,4 @@ struct Writing<pybind11::list> {
   std::optional<pybind11::gil_scoped_release> released;
 };
 
-void bind_adam(pybind11::module_& m);
-void bind_sgd(pybind11::module_& m);
-
-}  // namespace fastnn::cpu
+}  // namespace fastnn
