@@ -41,78 +41,46 @@ FASTNN_INLINE int64_t run_offset(const PooledGrad& p, int64_t run, int64_t width
 
 // ---- pixels: channels innermost, and back ----
 
-// One row of `count` pixels of `channels` channels, from `from` on (strides of channel and column) to
-// to[pixel][channel].
-template <class T>
-void read_pixels(const T* from, int64_t stride_c, int64_t stride_w, int64_t count, int64_t channels,
-                 Accumulator<T>* to) {
-  using A = Accumulator<T>;
+// to[c * to_c + x * to_x] = from[c * from_c + x * from_x] for `channels` c and `count` x.
+template <class From, class To>
+void copy_pixels(const From* from, int64_t from_c, int64_t from_x, To* to, int64_t to_c, int64_t to_x, int64_t channels,
+                 int64_t count) {
+  using A = Accumulator<From>;
   constexpr int L = kLanes<A>;
-  if ((stride_c == 1 || channels == 1) && (stride_w == channels || channels >= L)) {
-    // In one run where all channels are taken; a partial vector at a pixel's end is read once more, aligned to it.
-    const int64_t run = stride_w == channels ? count * channels : channels, runs = count * channels / run;
-    for (int64_t i = 0; i < runs; ++i, from += stride_w, to += run) {
-      int64_t c = 0;
-      for (; c + L <= run; c += L) store(to + c, load(from + c));
-      if (c < run && run >= L)
+  if (channels == 1) from_c = to_c = 1;
+  const bool dense = from_x == channels && to_x == channels;
+  if (from_c == 1 && to_c == 1 && (dense || channels >= L)) {
+    const int64_t run = dense ? count * channels : channels, runs = dense ? 1 : count;
+    for (int64_t i = 0; i < runs; ++i, from += from_x, to += to_x) {
+      int64_t k = 0;
+      for (; k + L <= run; k += L) store(to + k, load(from + k));
+      if (k < run && run >= L)  // the last vector once more, up to the run's end
         store(to + run - L, load(from + run - L));
-      else if (c < run)
+      else if (k < run)
         store_n(to, load_n(from, int(run)), int(run));
     }
     return;
   }
+  if (from_c == 1 && to_x == 1 && from_x != 1)  // the same transposition, the axes' names exchanged
+    return copy_pixels(from, from_x, from_c, to, to_x, to_c, count, channels);
   int64_t c = 0;
-  for (; stride_w == 1 && c + L <= channels; c += L) {
+  for (; from_x == 1 && to_c == 1 && c + L <= channels; c += L) {
     int64_t x = 0;
     for (; x + L <= count; x += L) {
       Vec<A> square[L];
 #pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) square[j] = load(from + (c + j) * stride_c + x);
+      for (int j = 0; j < L; ++j) square[j] = load(from + (c + j) * from_c + x);
       transpose<A>(square);
 #pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) store(to + (x + j) * channels + c, square[j]);
+      for (int j = 0; j < L; ++j) store(to + (x + j) * to_x + c, square[j]);
     }
     for (; x < count; ++x)
-      for (int j = 0; j < L; ++j) to[x * channels + c + j] = to_accumulator(from[(c + j) * stride_c + x]);
+      for (int j = 0; j < L; ++j)
+        to[x * to_x + c + j] = from_accumulator<To>(to_accumulator(from[(c + j) * from_c + x]));
   }
   for (; c < channels; ++c)
-    for (int64_t x = 0; x < count; ++x) to[x * channels + c] = to_accumulator(from[c * stride_c + x * stride_w]);
-}
-
-// The reverse of read_pixels.
-template <class T>
-void write_pixels(const Accumulator<T>* from, int64_t count, int64_t channels, T* to, int64_t stride_c,
-                  int64_t stride_w) {
-  using A = Accumulator<T>;
-  constexpr int L = kLanes<A>;
-  if ((stride_c == 1 || channels == 1) && (stride_w == channels || channels >= L)) {
-    const int64_t run = stride_w == channels ? count * channels : channels, runs = count * channels / run;
-    for (int64_t i = 0; i < runs; ++i, from += run, to += stride_w) {
-      int64_t c = 0;
-      for (; c + L <= run; c += L) store(to + c, load(from + c));
-      if (c < run && run >= L)
-        store(to + run - L, load(from + run - L));
-      else if (c < run)
-        store_n(to, load_n(from, int(run)), int(run));
-    }
-    return;
-  }
-  int64_t c = 0;
-  for (; stride_w == 1 && c + L <= channels; c += L) {
-    int64_t x = 0;
-    for (; x + L <= count; x += L) {
-      Vec<A> square[L];
-#pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) square[j] = load(from + (x + j) * channels + c);
-      transpose<A>(square);
-#pragma GCC unroll 16
-      for (int j = 0; j < L; ++j) store(to + (c + j) * stride_c + x, square[j]);
-    }
-    for (; x < count; ++x)
-      for (int j = 0; j < L; ++j) to[(c + j) * stride_c + x] = from_accumulator<T>(from[x * channels + c + j]);
-  }
-  for (; c < channels; ++c)
-    for (int64_t x = 0; x < count; ++x) to[c * stride_c + x * stride_w] = from_accumulator<T>(from[x * channels + c]);
+    for (int64_t x = 0; x < count; ++x)
+      to[c * to_c + x * to_x] = from_accumulator<To>(to_accumulator(from[c * from_c + x * from_x]));
 }
 
 // ---- the pooled gradient and its codes ----
@@ -285,9 +253,9 @@ void run_pooled_weight(const PooledGrad& p, void* scratch, int64_t begin, int64_
           for (int64_t k = 0; k < (inside ? left : right); ++k) row[k] = 0;
           for (int64_t k = right; k < pitch * width; ++k) row[k] = 0;
           if (inside)
-            read_pixels(static_cast<const T*>(p.pixels) + n * p.pixel_stride.n +
+            copy_pixels(static_cast<const T*>(p.pixels) + n * p.pixel_stride.n +
                             (group * channels + c) * p.pixel_stride.c + source * p.pixel_stride.h,
-                        p.pixel_stride.c, p.pixel_stride.w, s.in_w, width, row + left);
+                        p.pixel_stride.c, p.pixel_stride.w, row + left, 1, width, width, s.in_w);
         }
       }
       if (!all_finite(pixels, packed_rows * pitch * channels)) p.finite[task] = false;
@@ -451,7 +419,7 @@ void read_windows(const PooledGrad& p, int64_t n, int64_t m, int64_t results, in
       const uint64_t channels = results == 64 ? ~uint64_t(0) : (uint64_t(1) << results) - 1;
       w.masks[j * codes + code] = equal_bytes(w.codes + j * 64, uint8_t(code)) & channels;
     }
-  read_pixels(pooled_row<T>(p, n, m, y, x).grad, p.grad_stride.c, p.grad_stride.w, cols, results, w.grads);
+  copy_pixels(pooled_row<T>(p, n, m, y, x).grad, p.grad_stride.c, p.grad_stride.w, w.grads, 1, results, results, cols);
 }
 
 // Adds pooled row y of one image and group to `pixels`, whose first row is the window's first.
@@ -522,10 +490,10 @@ void run_pooled_input(const PooledGrad& p, void* scratch, int64_t begin, int64_t
           const int64_t width = least(p.width, channels - c), row = pitch * width;
           A* chunk = pixels + buffer_rows * pitch * c;
           for (int64_t i = most(first - y * step, 0); i < least(step, last - y * step); ++i)
-            write_pixels(chunk + i * row + s.pad_left * width, s.in_w, width,
-                         static_cast<T*>(p.pixels) + n * p.pixel_stride.n + (g * channels + c) * p.pixel_stride.c +
-                             (y * step + i - s.pad_top) * p.pixel_stride.h,
-                         p.pixel_stride.c, p.pixel_stride.w);
+            copy_pixels(chunk + i * row + s.pad_left * width, 1, width,
+                        static_cast<T*>(p.pixels) + n * p.pixel_stride.n + (g * channels + c) * p.pixel_stride.c +
+                            (y * step + i - s.pad_top) * p.pixel_stride.h,
+                        p.pixel_stride.c, p.pixel_stride.w, width, s.in_w);
           for (int64_t k = 0; k < (buffer_rows - step) * row; ++k) chunk[k] = chunk[k + step * row];
           for (int64_t k = (buffer_rows - step) * row; k < buffer_rows * row; ++k) chunk[k] = 0;
         }
