@@ -28,8 +28,8 @@ help:  ## show this list
 demo: $(VENV)/.built  ## train on real images three ways (native, fastnn, converted) and compare; about 6 minutes
 	@$(BIN)/python examples/compare.py --epochs 2 $(ARGS)
 
-test: $(VENV)/.built  ## run the test suite
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.built  ## run the test suite, two modules of it at a time
+	@$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 test-asan: $(VENV)/.built  ## build with AddressSanitizer and UBSan, and run the kernel tests
 	@PYTHON=$(BIN)/python CXX="$(CXX)" sh tests/asan.sh $(ARGS)
