@@ -445,6 +445,19 @@ def test_padding_of_each_side(backend, channels):
         assert_same(a, e, name)
 
 
+def test_one_by_one_beside_padding_on_one_side(backend):
+    """Results past the input are the bias: nothing is read there."""
+    inputs = Case((2, 16, 4, 6), (8, 16, 1, 1), layouts=("channels_last", "contiguous", "contiguous")).tensors(
+        partial(integers, torch.float32)
+    )
+    grad_output = integers(torch.float32, (2, 8, 3, 4))
+    ours = lambda x, w, b: torch.ops.fastnn.conv2d(x, w, b, [2, 2], [0, 0, 1, 1], [1, 1], 1, False)  # noqa: E731
+    padded = lambda x, w, b: native.conv2d(native.pad(x, (0, 1, 0, 1)), w, b, 2)  # noqa: E731
+    actual = values_and_gradients(ours, inputs, grad_output)
+    for name, a, e in zip(NAMES, actual, values_and_gradients(padded, inputs, grad_output), strict=True):
+        assert_same(a, e, name)
+
+
 DEPTHWISE_LAYOUTS = [
     ("contiguous", "contiguous"),
     ("channels_last", "channels_last"),

@@ -470,8 +470,8 @@ bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std:
 // Not where the result reaches past the source.
 bool is_pointwise(const TapConv& p) {
   return p.groups == 1 && p.num_taps == 1 && p.planes.origin_h == 0 && p.planes.origin_w == 0 &&
-         p.rows <= p.source.height && p.cols <= p.source.width && !p.result.pool_code &&
-         contiguous_along(&Strides4::c, p.source) && p.result.stride.c == 1;
+         (p.rows - 1) * p.planes.step_h < p.source.height && (p.cols - 1) * p.planes.step_w < p.source.width &&
+         !p.result.pool_code && contiguous_along(&Strides4::c, p.source) && p.result.stride.c == 1;
 }
 
 void run_pointwise(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
