@@ -149,14 +149,14 @@ def choice(call: str, device_type: str) -> tuple[str, str]:
     if key not in _choices:
         op = next(op for op in OPERATORS if call.startswith(op))  # conv2d_relu is one of conv2d's
         candidates = [b for b in KERNELS if device_type in DEVICES[b]] if name is None else [name]
-        _choices[key] = "torch", "" if name == "torch" else f"device {device_type} has no kernel"
         reasons = {b: why_off(b, op, device_type) for b in candidates if b != "torch"}
-        if reasons:
+        served = next((b for b, reason in reasons.items() if reason is None), None)
+        if served is not None:
+            _choices[key] = served, ""
+        elif reasons:
             _choices[key] = "torch", "; ".join(f"{b} is off: {reason}" for b, reason in reasons.items())
-        for candidate, reason in reasons.items():
-            if reason is None:
-                _choices[key] = candidate, ""
-                break
+        else:
+            _choices[key] = "torch", "" if name == "torch" else f"device {device_type} has no kernel"
     return _choices[key]
 
 
