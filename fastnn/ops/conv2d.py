@@ -161,7 +161,7 @@ def _unmask(
     index, alive = _pool_index(code, size[1], pool)
     planes = grad_output.shape[:2]
     zeros = grad_output.new_zeros([*planes, size[0] * size[1]])
-    return zeros.scatter_add(2, index, (grad_output * alive).reshape(*planes, -1)).view(*planes, *size)
+    return zeros.scatter_add(2, index, (grad_output * alive).reshape(index.shape)).view(*planes, *size)
 
 
 def _mask(grad: Tensor, relu_output: Tensor | None, code: Tensor | None, pool: tuple[Ints, Ints]) -> Tensor:
@@ -171,7 +171,7 @@ def _mask(grad: Tensor, relu_output: Tensor | None, code: Tensor | None, pool: t
     if code is None:
         return grad
     index, alive = _pool_index(code, grad.shape[3], pool)
-    return grad.reshape(*grad.shape[:2], -1).gather(2, index).view(code.shape) * alive
+    return grad.reshape(*grad.shape[:2], grad.shape[2] * grad.shape[3]).gather(2, index).view(code.shape) * alive
 
 
 def _padded(input: Tensor, padding: Ints) -> Tensor:
