@@ -231,6 +231,20 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
 _operators: dict[str, Callable[..., Any]] = {}
 
 
+def entry(operator: str, tensor: Tensor) -> Callable[..., Any] | None:
+    """The compiled kernels' own entry point of ``operator``, if this call may go past torch's dispatcher: nothing that
+    watches operators there (a mode, a profiler) is on. It raises ``NotCovered`` where only the dispatcher will do."""
+    if (
+        tensor.is_cpu
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._autograd._profiler_enabled()
+        and forced() != "triton"
+    ):
+        return getattr(LIBRARIES["cpu"], operator, None)
+    return None
+
+
 def kernel(operator: str) -> Callable[..., Any]:
     """What computes ``torch.ops.fastnn.<operator>`` in this call: what is registered for the tensors' device, or
     Triton's function where that is forced, unless a TorchDispatchMode has to see the operator."""

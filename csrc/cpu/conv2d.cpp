@@ -6,6 +6,8 @@
 
 #include "common/check.h"
 #include "common/conv_shape.h"
+#include "common/python_tensors.h"
+#include "cpu/bindings.h"
 #include "cpu/kernels/conv2d.h"
 #include "cpu/kernels/conv2d_depthwise.h"
 #include "cpu/kernels/conv2d_pointwise.h"
@@ -827,6 +829,12 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
 }
 
 }  // namespace
+
+void bind_conv2d(pybind11::module_& m) {
+  define_entry(m, "conv2d", &conv2d);
+  define_entry(m, "conv2d_relu_max_pool2d", &conv2d_relu_max_pool2d);
+  define_entry(m, "conv2d_backward", &conv2d_backward);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&conv2d));

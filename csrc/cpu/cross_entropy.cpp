@@ -7,6 +7,8 @@
 #include <tuple>
 
 #include "common/cross_entropy_call.h"
+#include "common/python_tensors.h"
+#include "cpu/bindings.h"
 #include "cpu/memory.h"
 
 namespace fastnn::cpu {
@@ -232,6 +234,11 @@ Tensor cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, s
 }
 
 }  // namespace
+
+void bind_cross_entropy(pybind11::module_& m) {
+  define_entry(m, "cross_entropy", &cross_entropy);
+  define_entry(m, "cross_entropy_backward", &cross_entropy_backward);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
