@@ -25,7 +25,8 @@ def parallel(model: nn.Module, fsdp: bool) -> nn.Module:
         return DistributedDataParallel(model)
     for layers in model.children():
         fully_shard(layers)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def main() -> None:

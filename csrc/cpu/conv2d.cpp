@@ -19,7 +19,6 @@ namespace fastnn::cpu {
 namespace {
 
 using Ints = std::vector<int64_t>;
-using torch::headeronly::MemoryFormat;
 
 // A task's packed planes (read once a result panel, so about the L2 cache) and its result panel (a part of it).
 constexpr int64_t kPlanesBytes = 512 << 10, kPanelBytes = 128 << 10;
@@ -52,9 +51,13 @@ bool is_channels_last(const Tensor& t) {
 
 Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> sizes, bool channels_last,
                 std::optional<ScalarType> dtype = std::nullopt) {
-  return with_huge_pages(torch::stable::empty({sizes.data(), 4}, dtype.value_or(like.scalar_type()), std::nullopt,
-                                              like.device(), std::nullopt,
-                                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (int64_t d : channels_last ? std::array<int64_t, 4>{1, 3, 2, 0} : std::array<int64_t, 4>{3, 2, 1, 0}) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  return with_huge_pages(empty_strided({sizes.data(), 4}, {strides.data(), 4}, dtype.value_or(like.scalar_type())));
 }
 
 int64_t out_size(int64_t in, int64_t pads, int64_t kernel, int64_t stride, int64_t dilation) {
@@ -785,10 +788,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
     STD_TORCH_CHECK(grad_output.size(d) == expected[d], op, ": grad_output has shape ", shape_string(grad_output),
                     ", expected ", expected[d], " in dimension ", d);
 
-  const auto none = [&] {
-    const int64_t zero = 0;
-    return torch::stable::empty({&zero, 1}, input.scalar_type(), std::nullopt, input.device());
-  };
+  const auto none = [&] { return empty({0}, input.scalar_type()); };
   Tensor input_result = output_mask[0] ? empty_4d(input, {s.batch, s.in_channels, s.in_h, s.in_w},
                                                   is_channels_last(input) || is_channels_last(weight))
                                        : none();
@@ -796,7 +796,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
       output_mask[1] ? empty_4d(weight, {s.out_channels, s.group_in(), s.kernel_h, s.kernel_w}, false) : none();
   Tensor bias_result = none();
   if (output_mask[2])
-    bias_result = torch::stable::empty({&s.out_channels, 1}, input.scalar_type(), std::nullopt, input.device());
+    bias_result = empty({s.out_channels}, input.scalar_type());
 
   if (grad_output.numel() == 0 || input.numel() == 0) {
     for (Tensor* t : {&input_result, &weight_result, &bias_result}) torch::stable::zero_(*t);

@@ -13,12 +13,15 @@ from torch.nn.functional import *  # noqa: F403
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastnn import ops as _ops
-from fastnn.dispatch import log_once, use_kernels
+from fastnn.dispatch import forced, log_once, use_kernels
 
 IntPair = int | tuple[int, ...] | list[int]
 
 # A strided convolution splits its input into stride_h * stride_w phases; csrc/cpu/kernels/conv2d.h holds as many.
 MAX_CONV2D_PHASES = 64
+
+# Where a ReLU takes some microseconds, as long as a call through autograd.Function.
+MAX_FEW_ELEMENTS = 16 * 1024
 
 
 if not TYPE_CHECKING:
@@ -47,13 +50,16 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``max(input, 0)`` elementwise, NaN kept. As :func:`torch.nn.functional.relu`.
 
     Args:
-        input: any shape and strides; float64, float32, bfloat16 or float16 on fastnn's kernels, others natively.
+        input: any shape and strides; float64, float32, bfloat16 or float16 on fastnn's kernels, others and tensors of up
+            to 16384 elements natively (unless :func:`fastnn.backend` forces the kernels).
         inplace: write the result into ``input``.
     """
     if has_torch_function_unary(input):  # torch's own protocol, which fastnn.convert and torch.fx build on
         return handle_torch_function(native.relu, (input,), input, inplace=inplace)
-    # torch.compile fuses its own ReLU into what stands beside it, and could not fuse an operator of ours.
-    if not use_kernels("relu", input) or torch.compiler.is_compiling() or (inplace and not _writable(input)):
+    # torch.compile fuses its own ReLU into what stands beside it, and could not fuse an operator of ours. Of few elements
+    # torch's gives the same bits, and its call costs less than ours, which is Python's.
+    few = forced() is None and input.numel() <= MAX_FEW_ELEMENTS
+    if few or not use_kernels("relu", input) or torch.compiler.is_compiling() or (inplace and not _writable(input)):
         return native.relu(input, inplace)
     return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)
 

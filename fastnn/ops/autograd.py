@@ -21,12 +21,17 @@ BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
 def run(operator: str, *args: Any) -> Any:
-    """The operator's implementation of this call, below autograd."""
+    """The operator's implementation of this call, below autograd, past the dispatcher where that may be."""
     if (straight := entry(operator, args[0])) is not None:
         try:
             return straight(*args)
         except _C.NotCovered:
             pass
+    return run_dispatched(operator, *args)
+
+
+def run_dispatched(operator: str, *args: Any) -> Any:
+    """The same, always through the dispatcher."""
     with BelowAutograd():
         return kernel(operator)(*args)
 
