@@ -245,7 +245,7 @@ def test_autocast(backend: str, op: str, lower: torch.dtype, given: torch.dtype,
     device = torch.empty(0).device
     found = []
     for function in OPS[op][:2]:
-        leaves = [t.to(device, given).requires_grad_() for t in OPS[op][2]]
+        leaves = [t.to(device, given, copy=True).requires_grad_() for t in OPS[op][2]]
         call = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
         torch._dynamo.reset()
         try:
@@ -306,9 +306,9 @@ OPERATORS = {
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_the_profilers_trace_has_every_operator_and_its_shapes(op: str, tmp_path: Path) -> None:
-    ours, _, inputs = OPS[op]
+    ours, inputs = OPS[op][0], [t.clone() for t in OPS[op][2]]
     with fastnn.backend("cpu"), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        gradients(ours, inputs)
+        gradients(ours, tuple(inputs))
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     shapes = {e["name"]: e["args"]["Input Dims"] for e in events if e["name"].startswith("fastnn::")}

@@ -39,7 +39,9 @@ Views views_of(const py::list& tensors, const char* op, const char* name) {
     char* data = static_cast<char*>(tensor.data) + tensor.byte_offset;
     const View& view = views.emplace_back(data, tensor.shape, tensor.strides, tensor.ndim, *dtype, tensor.device_type,
                                           tensor.device_id);
-    if (may_be_negated(view.contiguous, view.count, view.data, kElementSize[view.dtype]) && object.attr("is_neg")().cast<bool>()) refuse("a lazily negated tensor");
+    if (may_be_negated(view.contiguous, view.count, view.data, kElementSize[view.dtype]) &&
+        object.attr("is_neg")().cast<bool>())
+      refuse("a lazily negated tensor");
   }
   return views;
 }

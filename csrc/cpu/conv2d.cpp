@@ -795,8 +795,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
   Tensor weight_result =
       output_mask[1] ? empty_4d(weight, {s.out_channels, s.group_in(), s.kernel_h, s.kernel_w}, false) : none();
   Tensor bias_result = none();
-  if (output_mask[2])
-    bias_result = empty({s.out_channels}, input.scalar_type());
+  if (output_mask[2]) bias_result = empty({s.out_channels}, input.scalar_type());
 
   if (grad_output.numel() == 0 || input.numel() == 0) {
     for (Tensor* t : {&input_result, &weight_result, &bias_result}) torch::stable::zero_(*t);

@@ -50,18 +50,23 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``max(input, 0)`` elementwise, NaN kept. As :func:`torch.nn.functional.relu`.
 
     Args:
-        input: any shape and strides; float64, float32, bfloat16 or float16 on fastnn's kernels, others and tensors of up
-            to 16384 elements natively (unless :func:`fastnn.backend` forces the kernels).
+        input: any shape and strides; float64, float32, bfloat16 or float16 on fastnn's kernels, others natively, and so
+            are tensors of up to 16384 elements, unless :func:`fastnn.backend` forces the kernels.
         inplace: write the result into ``input``.
     """
     if has_torch_function_unary(input):  # torch's own protocol, which fastnn.convert and torch.fx build on
         return handle_torch_function(native.relu, (input,), input, inplace=inplace)
-    # torch.compile fuses its own ReLU into what stands beside it, and could not fuse an operator of ours. Of few elements
-    # torch's gives the same bits, and its call costs less than ours, which is Python's.
-    few = forced() is None and input.numel() <= MAX_FEW_ELEMENTS
-    if few or not use_kernels("relu", input) or torch.compiler.is_compiling() or (inplace and not _writable(input)):
+    # torch.compile fuses its own ReLU into what stands beside it, and could not fuse an operator of ours.
+    if torch.compiler.is_compiling() or _few(input) or not use_kernels("relu", input):
+        return native.relu(input, inplace)
+    if inplace and not _writable(input):
         return native.relu(input, inplace)
     return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)
+
+
+def _few(input: Tensor) -> bool:
+    """Whether ReLU is native torch's for being small: it gives the same bits, by a call that costs less than ours."""
+    return forced() is None and isinstance(input, Tensor) and input.numel() <= MAX_FEW_ELEMENTS
 
 
 def _writable(input: Tensor) -> bool:
