@@ -135,7 +135,7 @@ def adam_(
         [
             found,
             1 - rate * weight_decay,
-            number("adam_", "grad_scale_tensor", grad_scale_tensor, 1.0 if grad_scale is None else grad_scale, params[0]),
+            number("adam_", "grad_scale_tensor", grad_scale_tensor, grad_scale, params[0]),
         ],
         prepare,
         AMSGRAD=amsgrad,

@@ -99,7 +99,7 @@ def sgd_(
         [
             number("sgd_", "found_inf", found_inf, 0.0, params[0]),
             *((step, 1.0) if lr_in_velocity else (1.0, step)),
-            number("sgd_", "grad_scale_tensor", grad_scale_tensor, 1.0 if grad_scale is None else grad_scale, params[0]),
+            number("sgd_", "grad_scale_tensor", grad_scale_tensor, grad_scale, params[0]),
         ],
         lambda _: (momentum, 1 - dampening, weight_decay),
         MOMENTUM=momentum != 0,

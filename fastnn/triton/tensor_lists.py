@@ -4,14 +4,15 @@ A table in the device's memory has a record per parameter, with the addresses of
 number of the op's own, and behind the records, for every program of the grid, which record and which chunk of it are
 its. The table is made anew for every step: a step remembers nothing of the tensors.
 
-What a step is told by numbers that may be in the device's memory (lr, grad_scale, found_inf) the kernels read there, as
-float64: the host waits for none of them. The first of these numbers is found_inf: unless it is 0, no element is touched.
+The numbers of a step that may be in the device's memory (lr, grad_scale, found_inf) are read there, as float64: the
+host waits for none of them. The first is found_inf: unless it is 0, no element is touched.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,18 +80,18 @@ def check_operands(op: str, operands: dict[str, list[Tensor]], updated: set[str]
                 _refuse(op, name, "elements that share memory")
 
 
-def number(op: str, name: str, tensor: Tensor | None, value: float, param: Tensor) -> Tensor | float:
-    """The number in a tensor of one element on the parameters' device, or ``value`` where there is no tensor."""
+def number(op: str, name: str, tensor: Tensor | None, value: float | None, param: Tensor) -> Tensor | float:
+    """The number in a tensor of one element on the parameters' device; where there is none ``value``, or 1."""
     if tensor is None:
-        return value
+        return 1.0 if value is None else value
     if tensor.numel() != 1 or tensor.device != param.device:
         raise _C.NotCovered(f"{op}: {name} is no single element on the parameters' device")
     return tensor.detach().reshape(()).double()
 
 
 def _on_device(numbers: list[Tensor | float], device: torch.device) -> Tensor:
-    as_tensors = (x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device) for x in numbers)
-    return torch.stack(list(as_tensors))
+    full = partial(torch.full, (), dtype=torch.float64, device=device)  # a kernel's argument: nothing is copied
+    return torch.stack([x if isinstance(x, Tensor) else full(x) for x in numbers])
 
 
 def _share_memory(tensors: list[Tensor]) -> bool:
