@@ -89,7 +89,7 @@ def cuda_extension(mode: str) -> CppExtension:
 
 class Build(BuildExtension):
     def finalize_options(self) -> None:
-        # An editable install builds in a folder that is then removed, but for this: later builds go on from its objects.
+        # Else an editable install builds in a folder that is then removed: later builds go on from its objects.
         self.build_temp = self.build_temp or f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         super().finalize_options()
 

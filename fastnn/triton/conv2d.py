@@ -12,8 +12,6 @@ per result that says which element of its window it was. Backward undoes the two
 Blocking: a program has POSITIONS of one image by RESULTS channels of one group, and walks along taps and channels, the
 channels innermost. In the gradient of the weight it has channels by taps and channels, and walks along a slice of all
 positions; the slices are cut by shape alone and added up in order, so the bits are the same every time.
-Zeros stand for what lies outside the source, and 0 * inf is NaN. So a program that finds NaN among its sums makes them
-again, one tap and channel (or position) at a time and without what is outside: slow, and rare.
 Operations: 2 N H' W' K C/groups R S a pass, on matrix units where tl.dot takes the operands. Bytes: every operand once
 from memory where the caches hold a block's surroundings, its taps from the caches. A strided convolution's gradient of
 the input multiplies stride_h * stride_w times as much, mostly by zeros.
@@ -66,8 +64,10 @@ def _multiply_add(a, b, sums, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _has_nan(sums):
-    return tl.max((sums != sums).to(tl.int32)) > 0
+def _gather(base, row_stride, col_stride, row, col, height, width, mask):
+    """The elements at (row, col) of a plane, 0 outside the plane and the mask."""
+    inside = mask & (row >= 0) & (row < height) & (col >= 0) & (col < width)
+    return tl.load(base + row.to(tl.int64) * row_stride + col.to(tl.int64) * col_stride, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -130,33 +130,23 @@ def conv_kernel(
     source_ptr += n * source_n + group * group_channels * source_c
     weight_ptr += group * weight_group
 
-    depth = kernel_h * kernel_w * group_channels
     sums = tl.zeros((ROWS, COLUMNS), ACC)
-    wrong = depth > 0
-    for STEP in tl.static_range(DEPTH, 0, 1 - DEPTH):  # DEPTH, then 1
-        if wrong:
-            sums = tl.zeros((ROWS, COLUMNS), ACC)
-            for first in range(0, depth, STEP):
-                d = first + tl.arange(0, STEP)
-                tap, c = d // group_channels, (d % group_channels).to(tl.int64)
-                r, q = tap // kernel_w, tap % kernel_w
-                row = (y * multiply_h + offset_h)[:, None] + (r * tap_h)[None, :]
-                col = (x * multiply_w + offset_w)[:, None] + (q * tap_w)[None, :]
-                inside = (p < positions)[:, None] & (d < depth)[None, :]
-                inside &= (row >= 0) & (row % divide_h == 0) & (col >= 0) & (col % divide_w == 0)
-                row, col = row // divide_h, col // divide_w
-                inside &= (row < height) & (col < width)
-                of_source = (c * source_c)[None, :] + row.to(tl.int64) * source_h + col.to(tl.int64) * source_w
-                a = tl.load(source_ptr + of_source, mask=inside, other=0.0)
-                of_tap = c * weight_c + r.to(tl.int64) * weight_h + q.to(tl.int64) * weight_w
-                of_m = m.to(tl.int64) * weight_m
-                b_mask = (d < depth)[:, None] & (m < group_results)[None, :]
-                b = tl.load(weight_ptr + of_tap[:, None] + of_m[None, :], mask=b_mask, other=0.0)
-                if STEP == 1:
-                    sums += tl.where(inside, a.to(ACC) * b.to(ACC), 0.0)
-                else:
-                    sums = _multiply_add(a, b, sums, DOT, PRECISION)
-            wrong = _has_nan(sums)
+    depth = kernel_h * kernel_w * group_channels
+    for first in range(0, depth, DEPTH):
+        d = first + tl.arange(0, DEPTH)
+        tap, c = d // group_channels, (d % group_channels).to(tl.int64)
+        r, q = tap // kernel_w, tap % kernel_w
+        row = (y * multiply_h + offset_h)[:, None] + (r * tap_h)[None, :]
+        col = (x * multiply_w + offset_w)[:, None] + (q * tap_w)[None, :]
+        mask = (p < positions)[:, None] & (d < depth)[None, :]
+        mask &= (row >= 0) & (row % divide_h == 0) & (col >= 0) & (col % divide_w == 0)
+        row, col = row // divide_h, col // divide_w
+        a = _gather(source_ptr + (c * source_c)[None, :], source_h, source_w, row, col, height, width, mask)
+        of_tap = c * weight_c + r.to(tl.int64) * weight_h + q.to(tl.int64) * weight_w
+        of_m = m.to(tl.int64) * weight_m
+        b_mask = (d < depth)[:, None] & (m < group_results)[None, :]
+        b = tl.load(weight_ptr + of_tap[:, None] + of_m[None, :], mask=b_mask, other=0.0)
+        sums = _multiply_add(a, b, sums, DOT, PRECISION)
 
     m = group * group_results + m
     valid = m < (group + 1) * group_results
@@ -220,34 +210,23 @@ def grad_weight_kernel(
     grad_ptr += group * group_results * grad_c
     input_ptr += group * group_channels * input_c
 
+    sums = tl.zeros((ROWS, COLUMNS), ACC)
     positions = out_height * out_width
     position_blocks = tl.cdiv(positions, DEPTH)
-    first_block = slice * slice_blocks
-    last_block = tl.minimum(first_block + slice_blocks, batch * position_blocks)
-    sums = tl.zeros((ROWS, COLUMNS), ACC)
-    wrong = positions > 0
-    for STEP in tl.static_range(DEPTH, 0, 1 - DEPTH):  # DEPTH, then 1
-        if wrong:
-            sums = tl.zeros((ROWS, COLUMNS), ACC)
-            image_steps = position_blocks * (DEPTH // STEP)
-            for step in range(first_block * (DEPTH // STEP), last_block * (DEPTH // STEP)):
-                n = (step // image_steps).to(tl.int64)
-                p = step % image_steps * STEP + tl.arange(0, STEP)
-                y, x = p // out_width, p % out_width
-                of_grad = n * grad_n + y.to(tl.int64) * grad_h + x.to(tl.int64) * grad_w
-                a_mask = (m < group_results)[:, None] & (p < positions)[None, :]
-                a = tl.load(grad_ptr + (m.to(tl.int64) * grad_c)[:, None] + of_grad[None, :], mask=a_mask, other=0.0)
-                row = (y * stride_h - pad_top)[:, None] + (r * dilation_h)[None, :]
-                col = (x * stride_w - pad_left)[:, None] + (q * dilation_w)[None, :]
-                inside = (p < positions)[:, None] & (d < depth)[None, :]
-                inside &= (row >= 0) & (row < height) & (col >= 0) & (col < width)
-                of_input = (c * input_c)[None, :] + row.to(tl.int64) * input_h + col.to(tl.int64) * input_w
-                b = tl.load(input_ptr + n * input_n + of_input, mask=inside, other=0.0)
-                if STEP == 1:
-                    sums += tl.where(inside, a.to(ACC) * b.to(ACC), 0.0)
-                else:
-                    sums = _multiply_add(a, b, sums, DOT, PRECISION)
-            wrong = _has_nan(sums)
+    first = slice * slice_blocks
+    last = tl.minimum(first + slice_blocks, batch * position_blocks)
+    for block in range(first, last):
+        n = (block // position_blocks).to(tl.int64)
+        p = block % position_blocks * DEPTH + tl.arange(0, DEPTH)
+        y, x = p // out_width, p % out_width
+        of_position = n * grad_n + y.to(tl.int64) * grad_h + x.to(tl.int64) * grad_w
+        a_mask = (m < group_results)[:, None] & (p < positions)[None, :]
+        a = tl.load(grad_ptr + (m.to(tl.int64) * grad_c)[:, None] + of_position[None, :], mask=a_mask, other=0.0)
+        row = (y * stride_h - pad_top)[:, None] + (r * dilation_h)[None, :]
+        col = (x * stride_w - pad_left)[:, None] + (q * dilation_w)[None, :]
+        mask = (p < positions)[:, None] & (d < depth)[None, :]
+        b = _gather(input_ptr + n * input_n + (c * input_c)[None, :], input_h, input_w, row, col, height, width, mask)
+        sums = _multiply_add(a, b, sums, DOT, PRECISION)
     of_m = ((slice * groups + group) * group_results + m) * depth
     valid = (m < group_results)[:, None] & (d < depth)[None, :]
     tl.store(partial_ptr + of_m[:, None] + d[None, :], sums, mask=valid)
