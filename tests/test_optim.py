@@ -184,6 +184,7 @@ def test_bitwise_deterministic(backend, name):
 
 
 @each
+@pytest.mark.big
 def test_python_threads(backend, name):
     shapes = [(40_009,), (31,)]
     pairs = [Pair(name, values_of(shapes, seed=i), **TYPICAL[name]) for i in range(4)]
