@@ -217,6 +217,25 @@ def training(task: Task, converted: bool) -> tuple[Callable[[], list[Tensor]], l
     return stepper(model, forward, criterion, optimizer, task.inputs, task.target), reports
 
 
+def inference(task: Task, converted: bool) -> Callable[[], Tensor]:
+    """A function that runs the task's model in eval mode, batch normalization folded."""
+    model = task.model.eval()
+    if converted:
+        fastnn.convert(model, fold_batch_norm=True)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return task.logits(model(task.inputs))
+
+    return run
+
+
+def speed(runs: Sequence[Callable[[], Any]]) -> float:
+    """The first one's time over the second one's."""
+    first, second = (statistics.median(samples) for samples in interleave(runs, Settings(torch.device("cpu"))))
+    return first / second
+
+
 def trained(name: str, dtype: torch.dtype, converted: bool, tiny: bool) -> Tensor:
     """Every weight after three steps, and the loss of each, in float64."""
     task = build(name, dtype, tiny)
@@ -239,12 +258,12 @@ def measure(name: str, part: str, tiny: bool) -> dict[str, Any]:
             run()
         return {part: peak_memory() - before}
     (native, _), (ours, reports) = (training(copy.deepcopy(task), converted) for converted in (False, True))
-    seconds = [statistics.median(samples) for samples in interleave([native, ours], Settings(torch.device("cpu")))]
     exact, ours64 = (trained(name, torch.float64, converted, tiny) for converted in (False, True))
     native32, ours32 = (trained(name, torch.float32, converted, tiny) for converted in (False, True))
     return {
         **{what: sum(len(getattr(each, what.replace(" ", "_"))) for each in reports) for what in COUNTS},
-        "speed": seconds[0] / seconds[1],
+        "speed": speed([native, ours]),
+        "inference": speed([inference(copy.deepcopy(task), converted) for converted in (False, True)]),
         "float64": largest(ours64 - exact),
         "float32": largest(ours32 - native32),
         "native": largest(native32 - exact),
@@ -261,10 +280,12 @@ def measure_in_process(name: str, part: str, options: Sequence[str]) -> dict[str
 def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = []
     for name, row in rows.items():
-        ratios = [f"{row['speed']:.2f}", f"{row['memory after'] / row['memory before']:.2f}"]
+        memory = row["memory after"] / row["memory before"]
+        ratios = [f"{ratio:.2f}" for ratio in (row["speed"], memory, row["inference"])]
         differences = [f"{row[column]:.0e}" for column in ("float64", "float32", "native")]
         lines.append([name, *(str(row[what]) for what in COUNTS), *ratios, *differences])
-    header = ["model", *COUNTS, "speed", "memory", "difference, float64", "float32", "native float32's own error"]
+    header = ["model", *COUNTS, "training speed", "training memory", "inference speed"]
+    header += ["difference, float64", "float32", "native float32's own error"]
     return report.table(header, lines)
 
 

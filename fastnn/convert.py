@@ -80,8 +80,8 @@ def convert(model: native.Module | torch.optim.Optimizer, *, fold_batch_norm: bo
     sees is not fused, hooks registered later included; under torch.compile nothing is.
 
     ``forward`` is run once, on a copy that shares the Parameters and buffers, with symbolic arguments. Where it cannot
-    be traced as a whole (control flow that depends on data), its submodules are traced one by one. A model may be
-    wrapped (DistributedDataParallel, ``fully_shard``, ``torch.compile``) before or after.
+    be traced as a whole (control flow that depends on data), those of its submodules are. A model may be wrapped
+    (DistributedDataParallel, ``fully_shard``, ``torch.compile``) before or after.
 
     A ``torch.optim.Adam``, ``AdamW`` or ``SGD`` becomes fastnn's of that name, with its state, groups, hooks and the
     schedulers that step it. :func:`revert` undoes all of this.
@@ -547,7 +547,8 @@ def _trace(model: native.Module) -> fx.Graph:
                     twin[name] = copy.deepcopy(value, memo)
                 except Exception:  # a lock, a process group, ..: the copy does with the same one
                     twin[name] = value
-    return _Tracer().trace(twins[id(model)])
+    with torch.random.fork_rng(devices=[]):
+        return _Tracer().trace(twins[id(model)])
 
 
 def _why_untraceable(error: Exception) -> str:
@@ -597,9 +598,11 @@ class _Search:
             return True
         if not _is_opaque(part):
             try:
-                return self._follow_all(part, _trace(part))
+                graph = _trace(part)
             except Exception as error:  # forward is the user's code: anything may come
                 why = _why_untraceable(error)
+            else:
+                return self._follow_all(part, graph)
         leaves = [self.look_through(child) for child in part.children()]
         if any(leaves) and not _is_opaque(part):
             self.report.left_alone.append((self.names[part], why))

@@ -450,12 +450,14 @@ def test_forward_runs_as_written():
 
     def forward(m, x):
         calls.append(x)
-        m.last = F.relu(m.conv(x))
+        m.last = F.relu(m.conv(x)) + 0 * torch.rand(1)
         return m.last
 
     model = WithForward(forward, conv=conv()).double()
+    random = torch.get_rng_state()
     assert len(fastnn.convert(model).fused) == 1
     assert not hasattr(model, "last")
+    assert torch.equal(torch.get_rng_state(), random)
     calls.clear()
     result = model(x := image())
     assert calls[0] is x
@@ -549,6 +551,7 @@ def sharded(model, mesh, *layers):
 
 WRAPPERS = {
     "to": lambda model, mesh: model.to(torch.float64, memory_format=torch.channels_last),
+    "dp": lambda model, mesh: nn.DataParallel(model),
     "ddp": lambda model, mesh: DistributedDataParallel(model),
     "fully_shard": sharded,
     "fully_shard each": lambda model, mesh: sharded(model, mesh, 0, 1),

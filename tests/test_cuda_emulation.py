@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock  # torch has it
 
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "g++")
@@ -35,7 +36,9 @@ def emulation() -> Path:
     command = ["make", "-j2", "-f", "tests/cuda_emulation/Makefile", f"OUT={out.relative_to(ROOT)}", f"CXX={CXX}"]
     command += ["INCLUDES=" + " ".join(f"-isystem {path}" for path in includes)]
     command += [f"TORCH_LIB={Path(torch.__file__).parent / 'lib'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    out.mkdir(parents=True, exist_ok=True)
+    with FileLock(out / ".lock"):  # the tests run in several processes
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
