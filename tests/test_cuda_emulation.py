@@ -71,7 +71,7 @@ FAULTS = {
     "copy over what is read": "race in shared memory",
     "copy left behind": "copy in flight: .*has returned",
     "misaligned copy": "misaligned address",
-    "matrices in branch": "divergent warp operation",
+    "matrices in branch": "divergent barrier.*waits at.*waits at",
     "no first barrier": "uninitialised",
     "no other barriers": "race in shared memory",
     "no warp barrier": "race in shared memory",
