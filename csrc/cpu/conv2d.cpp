@@ -19,13 +19,13 @@ namespace {
 using Ints = std::vector<int64_t>;
 using torch::headeronly::MemoryFormat;
 
-// A task's packed planes (read once a result panel, so about the L2 cache) and its result panel (a part of it).
-constexpr int64_t kPlanesBytes = 512 << 10, kPanelBytes = 128 << 10;
+// A task's packed planes and its result panel, which share the L2 cache.
+constexpr int64_t kPlanesBytes = 256 << 10, kPanelBytes = 128 << 10;
 constexpr int64_t kPanelResults = 64;
 constexpr int64_t kDepthBytes = 20 << 10;  // a tile's operands: most of an L1 cache, beside the weights that pass by
-// The dot-product weight gradient sums lanes once a block and pair: longer blocks, fewer sums. The outer-product one
-// has a block's operands of one channel group in the L1 cache.
-constexpr int64_t kDotPositions = 1024, kOuterPositions = 256, kGradBytes = 384 << 10;
+// The weight gradient of many channels has a block's operands of one channel group in the L1 cache. That of few repacks
+// a halo for each block, and the dot products sum lanes once a block and pair: longer blocks, less of both.
+constexpr int64_t kFewPositions = 1024, kManyPositions = 256, kGradBytes = 384 << 10;
 // Channels of either side a block takes: a block is packed once for each block of the other side, and that takes more
 // of the time where there is one tap to use it.
 constexpr int64_t kGradChannels = 64, kGradChannelsOneTap = 128;
@@ -145,6 +145,11 @@ void set_block(Planes& p, int64_t rows, int64_t images, int64_t lanes) {
   p.plane = p.phases * lines * 16;
 }
 
+// Whether neighbours along a dimension are neighbours in memory; `dim` picks it from the strides.
+bool contiguous_along(int64_t Strides4::* dim, const ConvSource& s) {
+  return s.stride.*dim == 1 && (!s.relu_output || s.relu_stride.*dim == 1);
+}
+
 // Groups a task takes: where channels are neighbours in memory, enough for a pixel to give whole vectors.
 template <class Problem>
 int64_t groups_together(const Problem& p, bool channels_contiguous) {
@@ -196,15 +201,20 @@ void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
 }
 
 void plan(TapGrad& p, int64_t element, int64_t lanes) {
-  p.outer = p.group_channels >= 2 * lanes;
-  p.block_groups = p.outer ? 1 : groups_together(p, p.source.stride.c == 1 || p.grad.stride.c == 1);
+  p.form = p.group_channels >= 2 * lanes ? GradForm::channel_lanes
+           : p.group_results >= 2 * lanes && contiguous_along(&Strides4::c, p.grad) && p.grad.stride.w != 1
+               ? GradForm::result_lanes
+               : GradForm::position_lanes;
+  p.block_groups =
+      p.form == GradForm::position_lanes ? groups_together(p, p.source.stride.c == 1 || p.grad.stride.c == 1) : 1;
   const int64_t most_channels = p.num_taps == 1 ? kGradChannelsOneTap : kGradChannels;
   p.block_channels = p.block_groups > 1 ? p.group_channels : std::min(p.group_channels, most_channels);
   p.block_results = p.block_groups > 1 ? p.group_results : std::min(p.group_results, most_channels);
+  const int64_t most_positions = p.form == GradForm::channel_lanes ? kManyPositions : kFewPositions;
   const auto fits = [&](int64_t rows, int64_t images) {
     set_block(p.planes, rows, images, lanes);
     const int64_t grad_plane = p.planes.plane / p.planes.phases;
-    return images * rows * p.planes.pitch <= (p.outer ? kOuterPositions : kDotPositions) &&
+    return images * rows * p.planes.pitch <= most_positions &&
            p.block_groups * (p.block_channels * p.planes.plane + p.block_results * grad_plane) * element <= kGradBytes;
   };
   int64_t rows = p.rows, images = 1;
@@ -220,13 +230,15 @@ void plan(TapGrad& p, int64_t element, int64_t lanes) {
   const int64_t weights = p.groups * p.group_results * p.group_channels * p.num_taps * element;
   p.slices = std::min({p.image_blocks * p.row_blocks, ceil_div(kGradTasks, p.channel_blocks),
                        std::max<int64_t>(1, kSliceBytes / weights)});
-  const int64_t width = p.outer ? 3 * lanes : 1, grad_width = p.outer ? lanes : 1;
+  // Lanes are padded to whole tiles, rows to whole vectors; packed by position, both pass through rows of planes.
+  const bool by_position = p.form != GradForm::position_lanes;
+  const int64_t width = p.form == GradForm::channel_lanes ? 3 * lanes : 1, grad_width = by_position ? 3 * lanes : 1;
   const int64_t channels = ceil_div(p.block_channels, width) * width;
   const int64_t results = ceil_div(p.block_results, grad_width) * grad_width;
-  p.scratch = (p.block_channels * p.num_taps + 8) * 8 +
-              (p.block_groups * (channels * p.planes.plane + results * p.planes.plane / p.planes.phases) +
-               (p.outer ? lanes * (p.planes.pitch + 2 * lanes) : 0)) *
-                  element;
+  p.scratch =
+      p.offset_bytes() + (p.block_groups * (channels * p.planes.plane + results * p.planes.plane / p.planes.phases) +
+                          (by_position ? lanes * (p.planes.pitch + 2 * lanes) : 0)) *
+                             element;
 }
 
 // A 1 x 1 convolution sees no rows: joins as many as divide them into longer ones, where all operands' rows are
@@ -240,7 +252,7 @@ void join_rows(ConvShape& s, std::initializer_list<ConvSource*> sources, std::in
   }
   for (const Strides4* stride : others) adjacent &= stride->h == s.in_w * stride->w;
   int64_t rows = 1;
-  for (int64_t k = 2; adjacent && k <= s.in_h && k * s.in_w <= kOuterPositions; ++k)
+  for (int64_t k = 2; adjacent && k <= s.in_h && k * s.in_w <= kManyPositions; ++k)
     if (s.in_h % k == 0) rows = k;
   s.in_h /= rows, s.out_h /= rows, s.in_w *= rows, s.out_w *= rows;
   for (ConvSource* source : sources) {
@@ -268,11 +280,6 @@ constexpr int64_t kDepthwiseLinesBytes = 256 << 10;  // lines of many channels: 
 constexpr int64_t kDepthwisePlaneBytes = 16 << 10;   // lines of one channel: a part of the L1 cache
 constexpr int64_t kDepthwiseBlockRows = 8;           // of a task at the least, as its first lines are packed twice
 constexpr int64_t kDepthwisePlanes = 16;             // channels of NCHW whose gradients a task sums image by image
-
-// Whether neighbours along a dimension are neighbours in memory; `dim` picks it from the strides.
-bool contiguous_along(int64_t Strides4::* dim, const ConvSource& s) {
-  return s.stride.*dim == 1 && (!s.relu_output || s.relu_stride.*dim == 1);
-}
 
 // The lines of a problem's source, of which a result reads `down` rows and `right` plane columns past its first.
 DepthwiseLines plan_lines(bool by_channel, const Planes& p, int64_t rows, int64_t cols, int64_t down, int64_t right,
