@@ -200,6 +200,11 @@ void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
       (p.num_taps + 8) * 8 + (p.block_groups * p.group_channels * p.planes.plane + p.panel * positions) * element;
 }
 
+int64_t count_slices(const TapGrad& p, int64_t blocks, int64_t element) {
+  const int64_t weights = p.groups * p.group_results * p.group_channels * p.num_taps * element;
+  return std::min({blocks, ceil_div(kGradTasks, p.channel_blocks), std::max<int64_t>(1, kSliceBytes / weights)});
+}
+
 void plan(TapGrad& p, int64_t element, int64_t lanes) {
   p.form = p.group_channels >= 2 * lanes ? GradForm::channel_lanes
            : p.group_results >= 2 * lanes && contiguous_along(&Strides4::c, p.grad) && p.grad.stride.w != 1
@@ -227,9 +232,7 @@ void plan(TapGrad& p, int64_t element, int64_t lanes) {
   p.image_blocks = ceil_div(p.batch, images), p.row_blocks = cut.blocks;
   p.channel_blocks = ceil_div(p.groups, p.block_groups) * ceil_div(p.group_results, p.block_results) *
                      ceil_div(p.group_channels, p.block_channels);
-  const int64_t weights = p.groups * p.group_results * p.group_channels * p.num_taps * element;
-  p.slices = std::min({p.image_blocks * p.row_blocks, ceil_div(kGradTasks, p.channel_blocks),
-                       std::max<int64_t>(1, kSliceBytes / weights)});
+  p.slices = count_slices(p, p.image_blocks * p.row_blocks, element);
   // Lanes are padded to whole tiles, rows to whole vectors; packed by position, both pass through rows of planes.
   const bool by_position = p.form != GradForm::position_lanes;
   const int64_t width = p.form == GradForm::channel_lanes ? 3 * lanes : 1, grad_width = by_position ? 3 * lanes : 1;
@@ -424,15 +427,20 @@ constexpr int64_t kWinogradChannels = 16, kWinogradTiles = 32;
 constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
 constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
 
-// A 3 x 3 window that moves by one, pooled by tiles if at all, and large enough.
+constexpr int64_t kWinogradGradTiles = 60;  // of a block of the weight's gradient, at most: see its header
+
+// A 3 x 3 window that moves by one.
+bool is_window(const Planes& p, int64_t taps) {
+  return taps == 9 && p.step_h == 1 && p.step_w == 1 && p.halo_h == 2 && p.halo_w == 2;
+}
+
+// Such a window, pooled by tiles if at all, and large enough.
 bool is_winograd(const WinogradConv& w) {
   const TapConv& p = w.conv;
   const PoolShape& pool = p.result.pool;
-  const bool window =
-      p.num_taps == 9 && p.planes.step_h == 1 && p.planes.step_w == 1 && p.planes.halo_h == 2 && p.planes.halo_w == 2;
   const bool by_tiles =
       !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
-  return window && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
+  return is_window(p.planes, p.num_taps) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
          std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.tiles() >= kWinogradTiles;
 }
 
@@ -470,6 +478,39 @@ bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std:
   std::atomic<bool> finite{true};
   run_tasks(w, [&](const WinogradConv& plan, void* scratch, int64_t begin, int64_t end) {
     if (!kernels.run[dtype](plan, scratch, begin, end)) finite = false;
+  });
+  return finite;
+}
+
+// False where it is not for this problem.
+bool plan_winograd(TapGrad& p, DType dtype, WinogradGrad& g) {
+  WinogradConv& w = g.source;
+  w.conv.source = p.source, w.conv.planes = p.planes, w.conv.batch = p.batch;
+  w.tile_rows = ceil_div(p.rows, 2), w.tile_cols = ceil_div(p.cols, 2);
+  if (!is_window(p.planes, p.num_taps) || std::min(p.group_channels, p.group_results) < kWinogradChannels ||
+      w.tiles() < kWinogradTiles)
+    return false;
+  p.form = GradForm::position_lanes;
+  p.block_groups = 1;
+  p.block_results = std::min(p.group_results, kWinogradGradResults);
+  p.block_channels = w.conv.group_channels = std::min(p.group_channels, kWinogradGradChannels);
+  p.channel_blocks =
+      p.groups * ceil_div(p.group_results, p.block_results) * ceil_div(p.group_channels, p.block_channels);
+  // Whole rows of tiles, or an even part of one.
+  w.block_tiles = w.tile_cols < kWinogradGradTiles ? kWinogradGradTiles / w.tile_cols * w.tile_cols
+                                                   : ceil_div(w.tile_cols, ceil_div(w.tile_cols, kWinogradGradTiles));
+  p.slices = count_slices(p, g.blocks(), accumulator_size(dtype));
+  return true;
+}
+
+// False where a sum was not finite, as in the forward pass.
+bool run_winograd(const TapGrad& p, DType dtype, WinogradGrad& g) {
+  g.grad = p;
+  const WinogradKernels& kernels = winograd_kernels();
+  g.scratch = kernels.grad_scratch[dtype](g);
+  std::atomic<bool> finite{true};
+  run_tasks(g, [&](const WinogradGrad& plan, void* scratch, int64_t begin, int64_t end) {
+    if (!kernels.run_grad[dtype](plan, scratch, begin, end)) finite = false;
   });
   return finite;
 }
@@ -653,21 +694,27 @@ void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource
   p.taps = taps.data(), p.num_taps = int64_t(taps.size());
   p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_in(), p.group_results = s.group_out();
   p.rows = s.out_h, p.cols = s.out_w;
+  // Runs a planned kernel and adds its slices up. False where the kernel says so.
+  const auto sum = [&](auto run) {
+    const int64_t count = s.out_channels * s.group_in() * p.num_taps;
+    const Scratch<char> sums(p.slices * count * element), bias_sums(p.slices * s.out_channels * element);
+    p.weight_sums = sums.get();
+    p.bias_sums = bias_result ? bias_sums.get() : nullptr;
+    if (!run()) return false;
+    torch::stable::parallel_for(
+        0, s.out_channels, ceil_div(16 * 1024, count / s.out_channels),
+        [&](int64_t begin, int64_t end) { kernels.sum_slices[dtype](p, weight_result.data_ptr(), begin, end); });
+    if (bias_result) kernels.sum_bias_slices[dtype](p, bias_result->data_ptr());
+    return true;
+  };
   DepthwiseGrad depthwise{};
-  const bool is_depthwise = plan_depthwise(p, element, depthwise);
-  if (!is_depthwise) plan(p, element, kernels.lanes[element == 4]);
-  const int64_t count = s.out_channels * s.group_in() * p.num_taps;
-  const Scratch<char> sums(p.slices * count * element), bias_sums(p.slices * s.out_channels * element);
-  p.weight_sums = sums.get();
-  p.bias_sums = bias_result ? bias_sums.get() : nullptr;
-  if (is_depthwise)
-    run_depthwise(p, depthwise, dtype);
-  else
-    run_tasks(p, kernels.run_grad[dtype]);
-  torch::stable::parallel_for(
-      0, s.out_channels, ceil_div(16 * 1024, count / s.out_channels),
-      [&](int64_t begin, int64_t end) { kernels.sum_slices[dtype](p, weight_result.data_ptr(), begin, end); });
-  if (bias_result) kernels.sum_bias_slices[dtype](p, bias_result->data_ptr());
+  WinogradGrad winograd{};
+  if (plan_depthwise(p, element, depthwise)) {
+    sum([&] { return run_depthwise(p, depthwise, dtype), true; });
+  } else if (!plan_winograd(p, dtype, winograd) || !sum([&] { return run_winograd(p, dtype, winograd); })) {
+    plan(p, element, kernels.lanes[element == 4]);
+    sum([&] { return run_tasks(p, kernels.run_grad[dtype]), true; });
+  }
 }
 
 // Result channels whose entries are listed at a time, and windows: the input gradient's lists share the L1 cache with

@@ -102,6 +102,24 @@ struct TapGrad {
     return m * group_channels * num_taps +
            (form == GradForm::channel_lanes ? t * group_channels + c : c * num_taps + t);
   }
+  // The slice and channels of a task: `groups` groups from `group` on, of each `results` result channels from `result`
+  // on and `channels` source channels from `channel` on.
+  struct Task {
+    int64_t slice, group, groups, result, results, channel, channels;
+  };
+  Task task(int64_t index) const {
+    const int64_t result_splits = (group_results + block_results - 1) / block_results;
+    const int64_t channel_splits = (group_channels + block_channels - 1) / block_channels;
+    Task t;
+    t.slice = index / channel_blocks;
+    t.channel = index % channel_splits * block_channels;
+    t.result = index % channel_blocks / channel_splits % result_splits * block_results;
+    t.group = index % channel_blocks / (channel_splits * result_splits) * block_groups;
+    t.groups = block_groups < groups - t.group ? block_groups : groups - t.group;
+    t.results = block_results < group_results - t.result ? block_results : group_results - t.result;
+    t.channels = block_channels < group_channels - t.channel ? block_channels : group_channels - t.channel;
+    return t;
+  }
   int64_t offset_bytes() const { return (block_channels * num_taps + block_results + 8) / 8 * 64; }
 
   int64_t tasks() const { return slices * channel_blocks; }

@@ -355,15 +355,16 @@ FASTNN_INLINE void write_row(void* data, const Strides4& stride, int64_t n, int6
 // anything at or right of it is written), and its codes. Torch's order: the first of equal maxima, the last NaN.
 template <class A>
 void pool_row(A* row, int64_t pitch, const PoolShape& pool, uint8_t* code, int64_t code_step) {
-  int64_t px = 0;
   if (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_w == 2) {
     constexpr int L = kLanes<A>;
     Mask<A> even, odd;
     for (int i = 0; i < L; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
-    for (; px + L <= pool.out_w; px += L) {
+    for (int64_t px = 0; px < pool.out_w; px += L) {
+      const int lanes = int(least(L, pool.out_w - px));
       Vec<A> best;
       Mask<A> element{};
       for (int i = 0; i < 2; ++i) {
+        // Past the row's end, where there are fewer lanes, lies what is not yet pooled: read, but not stored.
         const Vec<A> left = load(row + i * pitch + 2 * px), right = load(row + i * pitch + 2 * px + L);
         const Vec<A> pair[2] = {__builtin_shuffle(left, right, even), __builtin_shuffle(left, right, odd)};
         if (i == 0) best = pair[0];
@@ -374,14 +375,18 @@ void pool_row(A* row, int64_t pitch, const PoolShape& pool, uint8_t* code, int64
         }
       }
       element = best <= Vec<A>{} ? Mask<A>{} + kPoolNone : element;
-      store(row + px, best);
-      if (code_step == 1)
+      if (lanes == L)
+        store(row + px, best);
+      else
+        store_n(row + px, best, lanes);
+      if (lanes == L && code_step == 1)
         store_bytes(code + px, element);
       else
-        for (int i = 0; i < L; ++i) code[(px + i) * code_step] = uint8_t(element[i]);
+        for (int i = 0; i < lanes; ++i) code[(px + i) * code_step] = uint8_t(element[i]);
     }
+    return;
   }
-  for (; px < pool.out_w; ++px) {
+  for (int64_t px = 0; px < pool.out_w; ++px) {
     const A* window = row + px * pool.stride_w;
     A best = window[0];
     uint8_t element = 0;
@@ -749,8 +754,6 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
   A* grads = packed + p.block_groups * channel_places * planes.plane;
   const int64_t results = p.groups * p.group_results, sums_pitch = p.group_channels * p.num_taps;
   const int64_t blocks = p.image_blocks * p.row_blocks;
-  const int64_t result_splits = ceil_div(p.group_results, p.block_results);
-  const int64_t channel_splits = ceil_div(p.group_channels, p.block_channels);
   // The gradient's planes: the source's layout, without halo or phases.
   Planes grad_planes = planes;
   grad_planes.step_h = grad_planes.step_w = grad_planes.phases = 1;
@@ -758,16 +761,11 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
   grad_planes.plane = planes.plane / planes.phases;
 
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t slice = task / p.channel_blocks, rest = task % p.channel_blocks;
-    const int64_t channel_split = rest % channel_splits, result_split = rest / channel_splits % result_splits;
-    const int64_t group = rest / (channel_splits * result_splits) * p.block_groups;
-    const int64_t groups = least(p.block_groups, p.groups - group);
-    const int64_t c0 = channel_split * p.block_channels, channels = least(p.block_channels, p.group_channels - c0);
-    const int64_t m0 = result_split * p.block_results, count = least(p.block_results, p.group_results - m0);
+    const auto [slice, group, groups, m0, count, c0, channels] = p.task(task);
     const int64_t first = group * p.group_results + m0;  // of groups * count result channels in a row
     const int64_t source_channel = group * p.group_channels + c0;
     A* sums = static_cast<A*>(p.weight_sums) + (slice * results + group * p.group_results) * sums_pitch;
-    A* bias_sums = p.bias_sums && channel_split == 0 ? static_cast<A*>(p.bias_sums) + slice * results + first : nullptr;
+    A* bias_sums = p.bias_sums && c0 == 0 ? static_cast<A*>(p.bias_sums) + slice * results + first : nullptr;
     if (result_lanes) {
       for (int64_t j = c0 * p.num_taps; j < (c0 + channels) * p.num_taps; ++j)
         zero(sums + j * p.group_results + m0, count);
