@@ -41,7 +41,7 @@ OPERATORS = {
 DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
 KERNELS = {
     "cpu": tuple(OPERATORS),
-    "cuda": ("relu", "cross_entropy", "adam", "sgd"),
+    "cuda": tuple(OPERATORS),
     "triton": tuple(OPERATORS),
 }
 # Triton's interpreter takes CPU tensors, slowly: it is for tests, and is used only where it is forced.

@@ -392,6 +392,27 @@ def test_one_by_one_channels_last(backend, dtype, op, channels, results, size, s
         assert_same(a, e.to(dtype), name)
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("op", "channels", "results", "size", "kwargs"),
+    [
+        pytest.param(CONV2D, 3, 24, (17, 18), {"padding": 1}, id="few channels"),
+        pytest.param(CONV2D_RELU, 16, 40, (11, 12), {"stride": 2, "padding": 1}, id="strided"),
+        pytest.param(CONV2D_RELU_MAX_POOL2D, 16, 72, (8, 9), {"padding": (1, 2)}, id="pooled"),
+    ],
+)
+def test_common_layers(backend, op, channels, results, size, kwargs, layout, dtype):
+    """On small integers, so exactly: what each kernel is for, in both of its layouts and every dtype."""
+    x, w, b = (integers(dtype, shape) for shape in [(2, channels, *size), (results, channels, 3, 3), (results,)])
+    exact_inputs = tuple(map(to_float64, (x, w, b)))
+    grad_output = LAYOUTS[layout](integers(dtype, tuple(op.native(*exact_inputs, **kwargs).shape)))
+    actual = values_and_gradients(partial(op.ours, **kwargs), (LAYOUTS[layout](x), w, b), grad_output)
+    exact = values_and_gradients(partial(op.native, **kwargs), exact_inputs, to_float64(grad_output))
+    for name, a, e in zip(NAMES, actual, exact, strict=True):
+        assert_same(a, e.to(dtype), name)
+
+
 SOME_CASES = [
     Case((2, 3, 9, 11), (4, 3, 3, 3), kwargs={"padding": 1}),
     Case((1, 3, 17, 16), (8, 3, 7, 7), kwargs={"padding": 3, "stride": 2}),

@@ -24,6 +24,10 @@ HOT = [
     "backward_columns_kernel",
     "adam_kernel",
     "sgd_kernel",
+    "conv_kernel",
+    "grad_weight_kernel",
+    "direct_conv_kernel",
+    "direct_grad_weight_kernel",
 ]
 
 SCRIPT = f"""
