@@ -5,11 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 CXX ?= g++
+export CXX
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11 python3.10,$(shell \
 	$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $p)))
 # Of test-gpu and bench-gpu: torch is there already, nothing is downloaded.
 GPU_PYTHON ?= python3
+# Of test-wheel: the torch beside which the wheel is tested.
+OTHER_TORCH ?= torch==2.14.1
 FREE_GB := 3
 # More arguments for pytest, the demo or the benchmarks: make test ARGS='-k relu'
 ARGS ?=
@@ -18,7 +21,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 EMULATION := $(shell find tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 missing = { echo "fastnn: $(1)" >&2; exit 1; }
 
-.PHONY: help demo test test-asan test-gpu lint bench bench-gpu clean
+.PHONY: help demo test test-asan test-gpu wheel test-wheel lint bench bench-gpu clean
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
@@ -28,15 +31,24 @@ help:  ## show this list
 demo: $(VENV)/.built  ## train on real images three ways (native, fastnn, converted) and compare; about 6 minutes
 	@$(BIN)/python examples/compare.py --epochs 2 $(ARGS)
 
-test: $(VENV)/.built  ## run the test suite, two modules of it at a time
-	@$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+# Threads that wait must not keep the other process's from the cores.
+test: $(VENV)/.built  ## run the test suite, in two processes
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-asan: $(VENV)/.built  ## build with AddressSanitizer and UBSan, and run the kernel tests
-	@PYTHON=$(BIN)/python CXX="$(CXX)" sh tests/asan.sh $(ARGS)
+	@PYTHON=$(BIN)/python sh tests/asan.sh $(ARGS)
 
 test-gpu:  ## where python3 has a CUDA build of torch: build in place for it, and run the test suite there
 	@FASTNN_CUDA=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
 	@$(GPU_PYTHON) -m pytest $(ARGS)
+
+wheel: $(VENV)/.built  ## build a wheel into dist/, and say what it needs of a system
+	@rm -rf build/lib.* dist/fastnn-*.whl
+	@$(BIN)/pip wheel -qq --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	@$(BIN)/python tests/check_wheel.py dist/fastnn-*.whl
+
+test-wheel: wheel  ## install the wheel beside another torch (some GB, in a folder that is then removed) and test it
+	@$(BIN)/python tests/check_wheel.py dist/fastnn-*.whl --torch "$(OTHER_TORCH)"
 
 lint: $(VENV)/.built  ## ruff, mypy and clang-format
 	@$(BIN)/ruff check .
@@ -49,7 +61,7 @@ bench: $(VENV)/.built  ## run every benchmark and rewrite its results, plots and
 
 bench-gpu:  ## the same there on the GPU, into benchmarks/results/ under its name
 	@FASTNN_CUDA=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
-	@$(GPU_PYTHON) -m benchmarks --device cuda $(ARGS) --json "benchmarks/results/$$($(GPU_PYTHON) -c \
+	@$(GPU_PYTHON) -m benchmarks --device cuda --compile --plot docs/benchmarks/gpu $(ARGS) --json "benchmarks/results/$$($(GPU_PYTHON) -c \
 		'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
 
 clean:  ## remove what was built or written, but not .venv
@@ -78,5 +90,5 @@ $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(CPP)
 	@command -v $(CXX) >/dev/null || \
 		$(call missing,a C++17 compiler is needed: install g++ or name one with make CXX=/path/to/compiler)
 	@echo "fastnn: building the extension (some minutes)"
-	@CXX="$(CXX)" $(BIN)/pip install -qq --disable-pip-version-check --no-build-isolation -e ".[examples,test,lint]"
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-build-isolation -e ".[examples,test,lint]"
 	@touch $@

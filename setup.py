@@ -11,8 +11,10 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import pybind11
 import torch
 from setuptools import setup
 from torch.utils import cpp_extension
@@ -28,11 +30,9 @@ ARCHITECTURES = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0a;
 def jobs() -> int:
     """One compiler a core, but no more than memory holds at 2 GiB each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (ValueError, OSError):
-        return cores
-    return max(1, min(cores, memory // (2 << 30)))
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        cores = min(cores, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // (2 << 30))
+    return max(1, cores)
 
 
 def why_no_cuda(mode: str) -> str | None:
@@ -51,14 +51,11 @@ def why_no_cuda(mode: str) -> str | None:
         return None if mode == "1" else "this torch is no CUDA build"
     nvcc = [f"{cpp_extension.CUDA_HOME}/bin/nvcc", "--version"]
     version = re.search(r"release (\d+)\.", subprocess.run(nvcc, capture_output=True, text=True).stdout)
-    if version is None or version[1] != torch.version.cuda.split(".")[0]:
-        return f"{nvcc[0]} is of CUDA {version and version[1]}, torch of {torch.version.cuda}"
-    return None
+    fits = version is not None and version[1] == torch.version.cuda.split(".")[0]
+    return None if fits else f"{nvcc[0]} is of CUDA {version and version[1]}, torch of {torch.version.cuda}"
 
 
 def extension(name: str, folders: list[str], macros: dict[str, str], **more) -> CppExtension:
-    import pybind11
-
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-fno-tree-loop-distribute-patterns"]  # or GCC makes calls of memset out of two-element loops
     flags += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
@@ -78,10 +75,6 @@ def extension(name: str, folders: list[str], macros: dict[str, str], **more) -> 
     )
 
 
-def cpu_extension() -> CppExtension:
-    return extension("fastnn._C", ["*", "common/*", "cpu/**/*"], {"FASTNN_TORCH_VERSION": f'"{torch.__version__}"'})
-
-
 def cuda_extension(mode: str) -> CppExtension:
     return extension(
         "fastnn._C_cuda",
@@ -95,6 +88,11 @@ def cuda_extension(mode: str) -> CppExtension:
 
 
 class Build(BuildExtension):
+    def finalize_options(self) -> None:
+        # Else an editable install builds in a folder that is then removed: later builds go on from its objects.
+        self.build_temp = self.build_temp or f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        super().finalize_options()
+
     def build_extension(self, ext) -> None:
         try:
             super().build_extension(ext)
@@ -115,5 +113,6 @@ if __name__ == "__main__":
         f"time), CUDA kernels {'off: ' + no_cuda if no_cuda else 'for ' + ARCHITECTURES}, "
         f"{os.environ['MAX_JOBS']} jobs" + (f", sanitizers {SANITIZE}" if SANITIZE else "")
     )
-    extensions = [cpu_extension()] if no_cuda else [cpu_extension(), cuda_extension(mode)]
-    setup(ext_modules=extensions, cmdclass={"build_ext": Build})
+    macros = {"FASTNN_TORCH_VERSION": f'"{torch.__version__}"'}
+    extensions = [extension("fastnn._C", ["*", "common/*", "cpu/**/*"], macros)]
+    setup(ext_modules=extensions + ([] if no_cuda else [cuda_extension(mode)]), cmdclass={"build_ext": Build})

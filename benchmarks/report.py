@@ -145,7 +145,7 @@ def _milliseconds(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     body = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in body)
 
@@ -164,7 +164,7 @@ def where(run: dict[str, Any]) -> str:
 def readme_tables(run: dict[str, Any], rows: Sequence[Row]) -> str:
     """The summary, and one line a layer: the ratios of its passes, and times, rate and error of its broadest one."""
     has_thp = any(row.thp for row in rows)
-    means = _table(
+    means = table(
         ["suite", "dtype", "rows", "geometric mean", "lowest", "highest", "slower rows"]
         + ["geometric mean, THP"] * has_thp,
         [
@@ -199,7 +199,7 @@ def readme_tables(run: dict[str, Any], rows: Sequence[Row]) -> str:
     return (
         f"{where(run)}.\n\n{quick}x is the best native configuration's time over fastnn's: above 1, fastnn is faster; "
         f"▼ marks where it is slower.\n\n{means}\n\n<details><summary>Every layer</summary>\n\n"
-        f"Times, rate and error are of the last x column's pass.\n\n{_table(header, lines)}\n\n</details>"
+        f"Times, rate and error are of the last x column's pass.\n\n{table(header, lines)}\n\n</details>"
     )
 
 

@@ -4,8 +4,8 @@ Change two imports, ``import fastnn.nn as nn`` and ``import fastnn.optim as opti
 on them.
 """
 
-from fastnn.convert import ConversionReport, convert
+from fastnn.convert import ConversionReport, convert, revert
 from fastnn.dispatch import backend
 
 __version__ = "0.1.0"
-__all__ = ["ConversionReport", "backend", "convert"]
+__all__ = ["ConversionReport", "backend", "convert", "revert"]

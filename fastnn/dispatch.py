@@ -7,6 +7,7 @@ logger says so, once per operator and reason.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ OPERATORS = {
 DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
 KERNELS = {
     "cpu": tuple(OPERATORS),
-    "cuda": ("relu", "cross_entropy", "adam", "sgd"),
+    "cuda": tuple(OPERATORS),
     "triton": tuple(OPERATORS),
 }
 # Triton's interpreter takes CPU tensors, slowly: it is for tests, and is used only where it is forced.
@@ -52,10 +53,11 @@ def _load_cuda() -> str | None:
     if torch.version.cuda is None:
         return "this torch is not a CUDA build"
     try:
-        from fastnn import _C_cuda as _C_cuda
+        LIBRARIES["cuda"] = importlib.import_module("fastnn._C_cuda")
+    except ModuleNotFoundError:
+        return "this build has no CUDA kernels"
     except ImportError as error:
-        return f"this build has no CUDA kernels: {error}"
-    LIBRARIES["cuda"] = _C_cuda
+        return f"its library does not load: {error}"
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 

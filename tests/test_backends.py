@@ -15,6 +15,7 @@ import torch
 
 import fastnn
 import fastnn.nn.functional as F
+import fastnn.optim
 import fastnn.triton
 from fastnn import __main__ as command
 from fastnn import dispatch
@@ -129,6 +130,59 @@ def test_backward_runs_where_forward_was_forced_to(monkeypatch):
     with fastnn.backend("triton"):
         y.sum().backward()
     assert calls == ["relu", "relu_backward"]
+
+
+# ---- what the kernels do not cover ----
+
+
+def step_of(**kwargs):
+    """A parameter after two steps of Adam."""
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    p.grad = torch.ones(2)
+    optimizer = fastnn.optim.Adam([p], **kwargs)
+    for _ in range(2):
+        optimizer.step()
+    return p.detach()
+
+
+IMAGES, WEIGHT = torch.arange(2.0 * 20 * 20).view(1, 2, 20, 20).sin(), torch.arange(54.0).view(3, 2, 3, 3).cos()
+UNCOVERED = {
+    "relu: native torch, because dtype torch.int64 has no kernel": lambda: F.relu(torch.arange(-2, 3)),
+    "conv2d: native torch, because dtype torch.complex64 has no kernel": lambda: F.conv2d(
+        IMAGES.to(torch.complex64), WEIGHT.to(torch.complex64)
+    ),
+    "conv2d_relu_max_pool2d: native torch, because a 17 x 17 window has over 254 elements": lambda: (
+        F.conv2d_relu_max_pool2d(IMAGES, WEIGHT, pool_kernel_size=17)
+    ),
+    "cross_entropy: native torch, because dtypes torch.float32 and torch.float64 are mixed": lambda: F.cross_entropy(
+        WEIGHT[0, 0], WEIGHT[0, 0].softmax(1), weight=torch.ones(3, dtype=torch.float64)
+    ),
+    "adam: native torch, because of differentiable=True": lambda: step_of(differentiable=True),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("line", UNCOVERED)
+def test_what_is_not_covered_gives_the_native_result_and_one_line(caplog, backend, line):
+    call = UNCOVERED[line]
+
+    def outcome():
+        try:
+            return call()
+        except Exception as error:
+            return type(error), str(error)
+
+    with fastnn.backend("torch"):
+        expected = outcome()
+    dispatch._logged.clear()
+    with caplog.at_level("DEBUG", logger="fastnn"), fastnn.backend(backend):
+        results = [outcome() for _ in range(2)]
+    for result in results:
+        if isinstance(expected, tuple):
+            assert result == expected
+        else:
+            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    assert [record.getMessage() for record in caplog.records] == [line]
 
 
 # ---- Triton that does not work ----

@@ -1,14 +1,21 @@
-"""fastnn.convert: what it swaps, what it fuses, what it leaves alone, and that no result depends on it."""
+"""fastnn.convert: what it swaps, what it fuses, what it leaves alone, that no result depends on it, and its undoing."""
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
 import fastnn
+import fastnn.nn
+import fastnn.optim
 from fastnn.convert import FusedConv2d, _Ahead
 
 pytestmark = pytest.mark.big
@@ -44,11 +51,20 @@ def run(model, input):
     return [result.detach(), *torch.autograd.grad((result * weights).sum(), [input, *parameters], allow_unused=True)]
 
 
+def state(model):
+    """The classes and the names of the attributes of every module, and what it says of itself."""
+    return [(type(module), list(vars(module)), module.extra_repr()) for module in model.modules()]
+
+
 def assert_converts(model, fused, input=None, left_alone=()):
-    """Converts the model and checks what was fused, and that every result is the native model's."""
+    """Converts the model and checks what was fused, that every result is the native model's, and that revert leaves
+    nothing of it behind."""
     input = image() if input is None else input
     model = model.double()
     original = copy.deepcopy(model)
+    fastnn.convert(model)
+    fastnn.revert(model)
+    assert state(model) == state(original)
     report = fastnn.convert(model)
     assert [name for name, _ in report.fused] == list(fused), str(report)
     assert [name for name, _ in report.left_alone] == list(left_alone), str(report)
@@ -211,9 +227,9 @@ def test_copies_and_pickles(backend):
     x = image()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert repr(other) == repr(model)
-        assert other[0].passes_through == tuple(other)
+        assert other[0]._fusion.passes_through == tuple(other)
         assert torch.equal(other(x), model(x))
-    assert "then ReLU, MaxPool2d(kernel_size=(2, 2), stride=(2, 2))" in repr(model)
+    assert "runs Conv2d → ReLU → MaxPool2d(kernel_size=(2, 2), stride=(2, 2))" in repr(model)
 
 
 def test_user_subclasses_are_left_alone():
@@ -222,21 +238,85 @@ def test_user_subclasses_are_left_alone():
             return 2 * super().forward(input)
 
     model = nn.Sequential(Doubling(3, 3, 3, padding=1), nn.ReLU(), conv(), nn.ReLU())
-    nn.utils.parametrizations.weight_norm(model[2])
-    report, *_ = assert_converts(model, [], left_alone=["0", "2"])
+    report, *_ = assert_converts(model, ["2"], left_alone=["0"])
     assert report.left_alone[0] == ("0", "its class Doubling is not torch.nn's own")
-    assert [name for name, _ in report.swapped] == ["1", "3"]
+    assert [name for name, _ in report.swapped] == ["1", "2", "3"]
 
 
-def test_what_cannot_be_traced_is_swapped_but_not_fused(backend):
-    def data_dependent(m, x):
-        return m.features(x) if x.sum() > 0 else -m.features(x)
+def spectral_normed(layer):
+    """Its weight changes a buffer each time it is read in training."""
+    torch.manual_seed(1)
+    return parametrizations.spectral_norm(layer)
 
-    model = WithForward(data_dependent, features=nn.Sequential(conv(), nn.ReLU()))
-    report, model, _ = assert_converts(model, [], left_alone=["(model)"])
-    assert "test_convert.py" in report.left_alone[0][1]
-    assert [name for name, _ in report.swapped] == ["features.0", "features.1"]
-    assert_converts(model.features, ["0"])
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_parametrized_convolutions_are_swapped_but_not_fused(backend, when):
+    ours, theirs = (nn.Sequential(conv(), nn.ReLU(), conv(4, 2)).double() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    spectral_normed(theirs[0])
+    if when == "before":
+        spectral_normed(ours[0])
+    report = fastnn.convert(ours)
+    if when == "before":
+        assert not report.fused
+        assert report.left_alone[0][1].startswith("it is parametrized")
+    else:
+        spectral_normed(ours[0])
+    x = image()
+    torch.testing.assert_close(run(ours, x), run(theirs, x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    if when == "after":
+        parametrize.remove_parametrizations(theirs[0], "weight")
+        parametrize.remove_parametrizations(ours[0], "weight")
+    fastnn.revert(ours)
+    assert [type(m).__name__ for m in ours.modules()] == [type(m).__name__ for m in theirs.modules()]
+    torch.testing.assert_close(run(ours, x), run(theirs, x))
+
+
+def data_dependent(m, x):
+    y = m.features(x)
+    return m.head(y) if y.sum() > 0 else -m.head(y)
+
+
+def test_what_cannot_be_traced_is_fused_by_its_parts(backend):
+    """A convolution whose result leaves the parts is reported, with the code that stops the trace of the whole."""
+    features = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))
+    model = WithForward(data_dependent, features=features, head=nn.Sequential(conv(4, 4), nn.ReLU(), nn.Flatten()))
+    assert_converts(model, ["features.0", "head.0"])
+    inner = WithForward(data_dependent, features=nn.Sequential(conv(), nn.ReLU(), conv(4, 4)), head=nn.ReLU())
+    report, *_ = assert_converts(nn.Sequential(nn.Sigmoid(), inner), ["1.features.0"], left_alone=["1"])
+    assert report.left_alone[0][1].startswith("torch.fx cannot trace it (test_convert.py:")
+
+
+def test_modules_without_a_forward_and_in_two_parts(backend):
+    """Containers are looked into; a part that is used twice counts once."""
+    block = nn.Sequential(conv(3, 3), nn.ReLU(), nn.Sigmoid())
+    model = WithForward(
+        lambda m, x: m.layers[1](m.again(m.layers[0](x))) if x.sum() > 0 else m.again(x),
+        layers=nn.ModuleList([block, nn.Sequential(conv(3, 3), nn.ReLU(), nn.Flatten())]),
+        again=block,
+    )
+    assert_converts(model, ["layers.0.0", "layers.1.0"])
+
+
+def test_identities_are_seen_through(backend):
+    assert_converts(nn.Sequential(conv(), nn.Identity(), nn.ReLU(), nn.Identity(), nn.MaxPool2d(2)), ["0"])
+    shortcut = WithForward(lambda m, x: m.identity(y := m.conv(x)) + y, conv=conv(), identity=nn.Identity())
+    assert_converts(shortcut, [])
+
+
+def test_what_has_no_kernel_is_reported():
+    model = nn.Sequential(nn.Conv1d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Linear(1, 1))
+    assert fastnn.convert(model).left_alone == [
+        ("0", "fastnn has no kernel for Conv1d"),
+        ("1", "fastnn has no kernel for ConvTranspose2d"),
+    ]
+
+
+def test_trace_shares_what_cannot_be_copied(backend):
+    model = nn.Sequential(conv(), nn.ReLU())
+    model.lock = threading.Lock()
+    assert len(fastnn.convert(model).fused) == 1
 
 
 def test_branches_that_the_trace_did_not_see(backend):
@@ -260,9 +340,9 @@ def test_branches_that_the_trace_did_not_see(backend):
     torch.testing.assert_close(model.conv(x).relu().add(1), original.conv(x).relu().add(1))
 
 
-def ahead():
+def ahead(pool=True):
     """A fused convolution and its native twin."""
-    model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2)).double()
+    model = nn.Sequential(conv(), nn.ReLU(), *[nn.MaxPool2d(2)] * pool).double()
     original = copy.deepcopy(model)
     fastnn.convert(model)
     return model[0], original[0]
@@ -311,6 +391,19 @@ def test_stand_in_refuses_what_it_cannot_get_right():
     with pytest.raises(RuntimeError, match="past __torch_function__"), torch._C.DisableTorchFunctionSubclass():
         ours(image()).add(1)
 
+    ours, _ = ahead(pool=False)
+    result = checkpoint(torch.relu, ours(image()), use_reentrant=True)  # an autograd.Function has no __torch_function__
+    with pytest.raises(RuntimeError, match="a gradient reached the unfinished result"):
+        result.sum().backward()
+
+
+def test_stand_in_is_asked_what_it_is_without_being_computed(monkeypatch):
+    ours, theirs = ahead()
+    x = image()
+    monkeypatch.setattr(_Ahead, "plain", None)
+    y, z = ours(x), theirs(x)
+    assert (y.dim(), y.ndim, y.dtype, y.device) == (z.dim(), z.ndim, z.dtype, z.device)
+
 
 HOOKS = {
     "forward": lambda m, f: m.register_forward_hook(lambda m, i, o: f(o)),
@@ -357,12 +450,14 @@ def test_forward_runs_as_written():
 
     def forward(m, x):
         calls.append(x)
-        m.last = F.relu(m.conv(x))
+        m.last = F.relu(m.conv(x)) + 0 * torch.rand(1)
         return m.last
 
     model = WithForward(forward, conv=conv()).double()
+    random = torch.get_rng_state()
     assert len(fastnn.convert(model).fused) == 1
     assert not hasattr(model, "last")
+    assert torch.equal(torch.get_rng_state(), random)
     calls.clear()
     result = model(x := image())
     assert calls[0] is x
@@ -378,13 +473,16 @@ def test_criterion_and_single_modules():
     assert fastnn.convert(layer := conv()).swapped == [("(model)", "fastnn.nn.Conv2d")]
     assert type(layer) is fastnn.nn.Conv2d
     assert not fastnn.convert(nn.Linear(2, 3)).swapped
-    with pytest.raises(TypeError, match=r"expects a torch\.nn\.Module, got int"):
-        fastnn.convert(3)
+    for function in (fastnn.convert, fastnn.revert):
+        with pytest.raises(TypeError, match=r"expects a torch\.nn\.Module or a torch\.optim\.Optimizer, got int"):
+            function(3)
 
 
 def test_lazy_modules_are_left_alone():
-    report = fastnn.convert(nn.Sequential(nn.LazyConv2d(3, 3), nn.ReLU()))
-    assert [name for name, _ in report.left_alone] == ["0"]
+    model = nn.Sequential(nn.LazyConv2d(3, 3), nn.ReLU())
+    assert fastnn.convert(model).left_alone == [("0", "it is lazy: run the model once first")]
+    model(torch.randn(1, 3, 5, 5))
+    assert len(fastnn.convert(model).fused) == 1
 
 
 def test_other_dtypes_devices_and_modes_take_the_plain_path():
@@ -431,3 +529,330 @@ def test_report_is_a_table():
 def test_stand_in_type_is_private():
     ours, _ = ahead()
     assert type(ours(image())) is _Ahead
+
+
+# ---- wrapped models ----
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    """A process group of this process alone."""
+    store = distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def sharded(model, mesh, *layers):
+    for layer in layers:
+        fully_shard(model[layer], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WRAPPERS = {
+    "to": lambda model, mesh: model.to(torch.float64, memory_format=torch.channels_last),
+    "dp": lambda model, mesh: nn.DataParallel(model),
+    "ddp": lambda model, mesh: DistributedDataParallel(model),
+    "fully_shard": sharded,
+    "fully_shard each": lambda model, mesh: sharded(model, mesh, 0, 1),
+    "compile": lambda model, mesh: torch.compile(model, backend="aot_eager"),
+    "compile in place": lambda model, mesh: model.compile(backend="aot_eager") or model,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("when", ["before", "after", "in use"])
+def test_wrapped_models(mesh, wrapper, when):
+    def results(model):
+        model.zero_grad()
+        output = model(x)
+        output.square().sum().backward()
+        grads = [p.grad for p in model.parameters()]
+        return [output.detach(), *(getattr(g, "full_tensor", lambda g=g: g)() for g in grads)]
+
+    torch._dynamo.reset()
+    model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(120, 3)).double()
+    parameters = dict(model.named_parameters())
+    x = image()
+    exact = results(copy.deepcopy(model))
+    inside = model
+    if when == "before":
+        report = fastnn.convert(model)
+    wrapped = WRAPPERS[wrapper](model, mesh)
+    types = [type(m) for m in wrapped.modules()]
+    if when == "in use":
+        results(wrapped)
+    if when != "before":
+        report = fastnn.convert(wrapped)
+    hooked = wrapper == "fully_shard each" and when != "before"
+    assert len(report.swapped) == 2
+    assert len(report.fused) == 1 - hooked
+    assert len(report.left_alone) == hooked
+    torch.testing.assert_close(results(wrapped), exact)
+    fastnn.revert(wrapped)
+    names = [type(m).__name__.removeprefix("FSDP") for m in inside.modules()]
+    assert names == ["Sequential", "Conv2d", "ReLU", "MaxPool2d", "Flatten", "Linear"]
+    assert not any(isinstance(m, (fastnn.nn.Conv2d, fastnn.nn.ReLU)) for m in inside.modules())
+    if when != "before":
+        assert [type(m) for m in wrapped.modules()] == types
+    torch.testing.assert_close(results(wrapped), exact)
+    if "fully_shard" not in wrapper:
+        assert all(p is parameters[name] for name, p in inside.named_parameters())
+
+
+# ---- revert ----
+
+
+def test_revert_leaves_what_was_fastnns_before(backend):
+    layers = [fastnn.nn.Conv2d(3, 4, 3), fastnn.nn.ReLU(), conv(4, 4), nn.ReLU(), fastnn.nn.ConvReLU2d(4, 4, 1)]
+    model = nn.Sequential(*layers).double()
+    before = state(model)
+    seen = []
+    model[4].register_forward_hook(lambda m, i, o: seen.append(o))
+    x = image()
+    exact = run(model, x)
+    assert len(fastnn.convert(model).fused) == 2
+    fastnn.convert(model)
+    twins = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(copy.deepcopy(model).apply(lambda m: m._forward_hooks.clear()))),
+    ]
+    for each in (model, *twins):
+        fastnn.revert(each)
+        assert state(each) == before
+        torch.testing.assert_close(run(each, x), exact)
+    assert len(seen) == 3
+    fastnn.revert(model)
+    assert state(model) == before
+
+
+# ---- folding of BatchNorm2d ----
+
+
+def normed(*, bias=True, affine=True, seed=0):
+    """Convolutions with batch normalization, whose statistics are some that a fresh model has not."""
+    torch.manual_seed(seed)
+    layers = [conv(bias=bias), nn.BatchNorm2d(4, affine=affine), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(
+        *layers, conv(4, 4), nn.BatchNorm2d(4), conv(4, 4), nn.Identity(), nn.BatchNorm2d(4), nn.ReLU()
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, *module.parameters()):
+                nn.init.normal_(tensor)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_folding(backend, bias, affine):
+    """In eval mode, values and gradients; in train mode batch normalization is what it was."""
+    ours, theirs = normed(bias=bias, affine=affine), normed(bias=bias, affine=affine)
+    before = state(ours)
+    report = fastnn.convert(ours, fold_batch_norm=True)
+    assert [what for _, what in report.fused] == [
+        "Conv2d → BatchNorm2d → ReLU → MaxPool2d(kernel_size=(2, 2), stride=(2, 2))",
+        "Conv2d → BatchNorm2d",
+        "Conv2d → BatchNorm2d → ReLU",
+    ]
+    x = image()
+    for mode in (False, True, False):
+        ours.train(mode)
+        theirs.train(mode)
+        torch.testing.assert_close(run(ours, x), run(theirs, x))
+        for _ in range(2):
+            with torch.no_grad():
+                torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    fastnn.revert(ours)
+    assert state(ours) == before
+    torch.testing.assert_close(run(ours, x), run(theirs, x))
+
+
+def test_folding_really_is_one_op():
+    model = normed().float()
+    fastnn.convert(model, fold_batch_norm=True)
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        model(x)  # folds
+        with torch.profiler.profile() as profile:
+            model(x)
+    names = {event.key for event in profile.key_averages()}
+    assert "fastnn::conv2d_relu_max_pool2d" in names
+    assert not {"aten::batch_norm", "aten::relu", "aten::max_pool2d", "aten::mul", "aten::rsqrt"} & names
+
+
+CHANGES = {
+    "load_state_dict": lambda m: m.load_state_dict(normed(seed=1).state_dict()),
+    "in place": lambda m: [p.detach().mul_(2) for p in m.parameters()],
+    "a buffer": lambda m: m[1].running_mean.add_(1),
+    "eps": lambda m: setattr(m[1], "eps", 0.5),
+    "new tensors": lambda m: [setattr(m[0], "weight", nn.Parameter(m[0].weight * 2)), setattr(m[4], "bias", None)],
+    "data": lambda m: [setattr(p, "data", p.data * 2) for p in m.parameters()],
+    "data in place": lambda m: [p.data.mul_(2) for p in m.parameters()] and m.eval(),
+    "dtype": lambda m: m.float().double(),
+    "training": lambda m: m.train()(image()) is m.eval(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_folded_weights_follow_their_tensors(change):
+    ours, theirs = normed(), normed()
+    fastnn.convert(ours, fold_batch_norm=True)
+    x = image()
+    with torch.no_grad():
+        ours(x)
+        before = ours(x)
+        for model in (ours, theirs):
+            torch.manual_seed(0)
+            CHANGES[change](model)
+        torch.testing.assert_close(ours(x), theirs(x))
+        assert change == "dtype" or not torch.allclose(ours(x), before)
+
+
+def test_folding_in_inference_mode_and_with_frozen_weights():
+    ours, theirs = normed().requires_grad_(False), normed().requires_grad_(False)
+    fastnn.convert(ours, fold_batch_norm=True)
+    x = image()
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours(x.clone()), theirs(x.clone()))
+    torch.testing.assert_close(run(ours, x), run(theirs, x))
+
+
+def test_folding_in_low_precision():
+    """One rounding of the folded weight; under autocast the convolution's own dtype."""
+    x = torch.randn(2, 3, 12, 10)
+    exact = normed().float()(x)
+    for autocast in (False, True):
+        errors = []
+        for fold in (False, True):
+            model = normed().to(torch.float32 if autocast else torch.bfloat16)
+            fastnn.convert(model, fold_batch_norm=fold)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                result = model(x if autocast else x.bfloat16())
+            assert result.dtype == torch.bfloat16
+            errors.append((result - exact).norm() / exact.norm())
+        assert errors[1] < 1.5 * errors[0] < 0.05
+
+
+def test_what_is_not_folded(backend):
+    with pytest.raises(RuntimeError, match=r"but 1 is in training mode, which does not use them: call model\.eval"):
+        fastnn.convert(model := normed().train(), fold_batch_norm=True)
+    assert type(model[0]) is nn.Conv2d, "nothing has changed"
+    assert [what for _, what in fastnn.convert(normed()).fused] == []
+
+    class Own(nn.BatchNorm2d):
+        def forward(self, input):
+            return -super().forward(input)
+
+    for norm in (nn.BatchNorm2d(4, track_running_stats=False), Own(4), nn.InstanceNorm2d(4)):
+        ours = nn.Sequential(conv(), norm, nn.ReLU()).double().eval()
+        theirs = copy.deepcopy(ours)
+        assert not fastnn.convert(ours, fold_batch_norm=True).fused
+        torch.testing.assert_close(ours(x := image()), theirs(x))
+
+    def functional(m, x):
+        return F.relu(F.batch_norm(m.conv(x), m.norm.running_mean, m.norm.running_var))
+
+    model = WithForward(functional, conv=conv(), norm=nn.BatchNorm2d(4)).double().eval()
+    assert not fastnn.convert(model, fold_batch_norm=True).fused
+
+
+def test_folding_with_hooks(backend):
+    ours, theirs = normed(), normed()
+    fastnn.convert(ours, fold_batch_norm=True)
+    for model in (ours, theirs):
+        model[1].register_forward_hook(lambda m, i, o: o + i[0])
+    torch.testing.assert_close(run(ours, x := image()), run(theirs, x))
+
+
+# ---- optimizers ----
+
+OPTIMIZERS = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_optimizers_keep_all_they_have(name, scheduled):
+    """Two native steps, two of ours, two native ones after revert; hooks and schedulers before convert and after."""
+    calls = {}
+
+    def build():
+        torch.manual_seed(0)
+        weights = [
+            nn.Parameter(torch.randn(3, 2, dtype=torch.float64)),
+            nn.Parameter(torch.randn(2, dtype=torch.float64)),
+        ]
+        optimizer = OPTIMIZERS[name]([{"params": weights[:1], "lr": 0.2}, {"params": weights[1:]}])
+        seen = calls.setdefault(len(calls), [])
+        optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(o.param_groups[0]["lr"]))
+        optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(type(o).__mro__[1:]))
+        schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)] if scheduled else []
+        return weights, optimizer, schedulers
+
+    def step(weights, optimizer, schedulers):
+        for weight in weights:
+            weight.grad = weight.detach().cos()
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+
+    ours, theirs = build(), build()
+    optimizer, state = ours[1], ours[1].state
+    before = set(vars(optimizer))
+    for change in (lambda o: None, fastnn.convert, fastnn.revert):
+        report = change(optimizer)
+        cls = fastnn.optim if change is fastnn.convert else torch.optim
+        assert type(optimizer) is getattr(cls, name)
+        if change is fastnn.convert:
+            assert report.swapped == [("(optimizer)", f"fastnn.optim.{name}")]
+            assert not fastnn.convert(optimizer).swapped, "converted already"
+            if scheduled:
+                ours[2].append(torch.optim.lr_scheduler.ConstantLR(optimizer, 0.7, 2))
+                theirs[2].append(torch.optim.lr_scheduler.ConstantLR(theirs[1], 0.7, 2))
+        for _ in range(2):
+            step(*ours)
+            step(*theirs)
+        assert optimizer.state is state
+        torch.testing.assert_close(ours[0], theirs[0])
+    assert [lr for lr in calls[0] if isinstance(lr, float)] == [lr for lr in calls[1] if isinstance(lr, float)]
+    assert len(calls[0]) == len(calls[1]) == 12
+    assert set(vars(optimizer)) - before <= {"_opt_called"}
+    torch.testing.assert_close(optimizer.state_dict(), theirs[1].state_dict())
+
+
+@pytest.mark.filterwarnings("error")
+def test_schedulers_know_that_a_converted_optimizer_has_stepped():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    fastnn.convert(optimizer)
+    with torch.profiler.profile() as profile:
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        scheduler.step()  # warns where step was not called, or is no longer the one it watches
+    assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}
+    assert scheduler.get_last_lr() == [pytest.approx(0.01)]
+
+
+def test_optimizers_left_alone():
+    weights = [nn.Parameter(torch.ones(1))]
+    assert len(fastnn.convert(torch.optim.RMSprop(weights)).left_alone) == 1
+    replaced = torch.optim.SGD(weights)
+    replaced.step = lambda: None
+    assert fastnn.convert(replaced).left_alone == [("(optimizer)", "its step was replaced")]
+    assert type(replaced) is torch.optim.SGD
+    own = fastnn.optim.SGD(weights, lr_in_velocity=True)
+    fastnn.revert(own)
+    assert type(own) is fastnn.optim.SGD
+    assert str(fastnn.convert(own)) == "fastnn.convert: 0 swapped, 0 fused, 0 left alone"
+    fastnn.convert(converted := torch.optim.SGD(weights))
+    converted.param_groups[0]["lr_in_velocity"] = True
+    with pytest.raises(ValueError, match="lr_in_velocity=True"):
+        fastnn.revert(converted)

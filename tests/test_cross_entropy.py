@@ -515,17 +515,6 @@ def test_autocast(backend, dtype):
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.expects_native
-def test_transforms(backend):
-    x, target = torch.randn(3, 4, 5), torch.randint(5, (3, 4))
-    for transform in (
-        lambda f: torch.func.vmap(f)(x, target),
-        lambda f: torch.func.grad(f)(x[0], target[0]),
-        lambda f: torch.func.jvp(lambda x: f(x, target[0]), (x[0],), (x[1],)),
-    ):
-        torch.testing.assert_close(transform(F.cross_entropy), transform(native.cross_entropy))
-
-
 # ---- the module ----
 
 

@@ -60,6 +60,19 @@ def test_nothing_waits_for_the_device(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("channels", [3, 64])
+def test_convolutions_do_not_wait_either(channels):
+    images = torch.randn(8, channels, 16, 16, device="cuda", requires_grad=True)
+    weights = [torch.randn(32, channels, 3, 3, device="cuda"), torch.randn(32, 1, 3, 3, device="cuda")]
+    leaves = [images, *(w.requires_grad_() for w in weights)]
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        pooled = F.conv2d_relu_max_pool2d(images, weights[0], padding=1)
+        torch.autograd.grad(F.conv2d_relu(pooled, weights[1], stride=2, groups=32).sum(), leaves)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
 def test_a_captured_step_replays_as_the_eager_one(name):
     results = []
@@ -127,6 +140,24 @@ def test_more_than_2_to_the_31_elements():
     target = torch.full((rows.shape[0],), 7, device="cuda")
     loss = F.cross_entropy(rows, target, reduction="none")
     torch.testing.assert_close(loss[-1].float(), torch.tensor(4096.0, device="cuda").log(), rtol=2**-8, atol=0)
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_of_more_than_2_to_the_31_elements(memory_format):
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    images = torch.zeros(2049, 64, 128, 128, dtype=torch.bfloat16, device="cuda").to(memory_format=memory_format)
+    images[-1].normal_()
+    weight = torch.randn(8, 64, 1, 1, dtype=torch.bfloat16, device="cuda")
+    results = []
+    for x in (images, images[-1:].clone()):
+        leaves = [x.requires_grad_(), weight.requires_grad_()]
+        output = F.conv2d_relu(*leaves)
+        results.append([output.detach()[-1], *torch.autograd.grad(output[-1].sum(), leaves)])
+        results[-1][1] = results[-1][1][-1]
+    for large, small in zip(*results, strict=True):
+        torch.testing.assert_close(large, small)
 
 
 def test_a_target_out_of_range_is_a_device_assert():

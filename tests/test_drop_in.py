@@ -1,23 +1,49 @@
-"""What other people's code does with modules, done with fastnn's: checkpointing, parametrizations, functional calls."""
+"""What other people's code does with modules, done with fastnn's: checkpointing, parametrizations, hooks, functional
+calls, copies and saved weights."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import fastnn.nn
 
 
-def model(nn: ModuleType) -> torch.nn.Module:
+def model(nn: ModuleType, fused: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(64, 5)).double()
+    if not fused:
+        layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    elif nn is fastnn.nn:
+        layers = [nn.ConvReLU2d(3, 4, 3), nn.Identity(), nn.ConvReLUMaxPool2d(4, 4, 3, padding=1)]
+    else:  # what these two compute, in the same places
+        layers = [
+            Together(nn.Conv2d(3, 4, 3), nn.ReLU()),
+            nn.Identity(),
+            Together(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 5)).double()
+
+
+class Together(torch.nn.Module):
+    """A convolution and what follows it as one module, with the convolution's parameters for its own."""
+
+    def __init__(self, conv: torch.nn.Conv2d, *after: torch.nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.padding = conv.padding
+        self.after = torch.nn.Sequential(*after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(torch.nn.functional.conv2d(x, self.weight, self.bias, padding=self.padding))
 
 
 def plainly(model: torch.nn.Module, x: Tensor) -> Tensor:
@@ -42,6 +68,23 @@ def weight_normed(model: torch.nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
+def weight_normed_as_before_parametrizations(model: torch.nn.Module, x: Tensor) -> Tensor:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(model[0])
+    return model(x)
+
+
+class Symmetric(torch.nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + weight.transpose(-1, -2)
+
+
+def parametrized(model: torch.nn.Module, x: Tensor) -> Tensor:
+    parametrize.register_parametrization(model[0], "weight", Symmetric())
+    with parametrize.cached():
+        return model(x)
+
+
 def spectral_normed(model: torch.nn.Module, x: Tensor) -> Tensor:
     torch.manual_seed(1)
     parametrizations.spectral_norm(model[2])
@@ -52,24 +95,72 @@ def hooked(model: torch.nn.Module, x: Tensor) -> Tensor:
     model[0].register_forward_hook(lambda module, args, output: output * 3)
     model[1].register_forward_pre_hook(lambda module, args: (args[0] + 0.1,))
     model[0].register_full_backward_hook(lambda module, grad_input, grad_output: (grad_input[0] * 2,))
+    model[1].register_full_backward_pre_hook(lambda module, grad_output: (grad_output[0] * 0.5,))
     return model(x)
 
 
-USES = [plainly, checkpointed, checkpointed_reentrantly, functionally, weight_normed, spectral_normed, hooked]
+def hooked_at_its_tensors(model: torch.nn.Module, x: Tensor) -> Tensor:
+    model[0].weight.register_hook(lambda grad: grad * 2)
+    first = model[0](x)
+    first.register_hook(lambda grad: grad + 1)
+    return model[1:](first)
 
 
+def copied(model: torch.nn.Module, x: Tensor) -> Tensor:
+    return copy.deepcopy(model)(x)
+
+
+def pickled(model: torch.nn.Module, x: Tensor) -> Tensor:
+    return pickle.loads(pickle.dumps(model))(x)
+
+
+def averaged(model: torch.nn.Module, x: Tensor) -> Tensor:
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    return model(x) + average(x)
+
+
+USES = [
+    plainly,
+    checkpointed,
+    checkpointed_reentrantly,
+    functionally,
+    weight_normed,
+    weight_normed_as_before_parametrizations,
+    parametrized,
+    spectral_normed,
+    hooked,
+    hooked_at_its_tensors,
+    copied,
+    pickled,
+    averaged,
+]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["layers", "fused"])
 @pytest.mark.parametrize("use", USES)
-def test_values_and_gradients(backend, use: Callable[[torch.nn.Module, Tensor], Tensor]):
+def test_values_and_gradients(backend, use: Callable[[torch.nn.Module, Tensor], Tensor], fused: bool):
     target = torch.tensor([0, 3])
     found = []
     for nn in (torch.nn, fastnn.nn):
         x = torch.linspace(-1, 1, 2 * 3 * 36, dtype=torch.float64).view(2, 3, 6, 6).requires_grad_()
-        module = model(nn)
+        module = model(nn, fused)
         loss = nn.CrossEntropyLoss()(use(module, x), target)
         loss.backward()
         found.append([loss.detach(), x.grad, *(p.grad for p in module.parameters())])
-    for exact, ours in zip(*found, strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*reversed(found), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_hook_on_relu_in_place_raises_as_in_torch(backend, hook: str):
+    errors = []
+    for nn in (torch.nn, fastnn.nn):
+        module = model(nn)
+        getattr(module[3], hook)(lambda *args: None)
+        with pytest.raises(RuntimeError, match="is being modified inplace") as error:
+            module(torch.ones(2, 3, 6, 6, dtype=torch.float64))
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
 
 
 def test_saved_weights_load_both_ways(backend, tmp_path):

@@ -184,6 +184,7 @@ def test_bitwise_deterministic(backend, name):
 
 
 @each
+@pytest.mark.big
 def test_python_threads(backend, name):
     shapes = [(40_009,), (31,)]
     pairs = [Pair(name, values_of(shapes, seed=i), **TYPICAL[name]) for i in range(4)]
@@ -506,6 +507,28 @@ def test_found_inf_skips(backend, name, found, scale):
     set_amp(pair.ours, scale, torch.tensor(found))
     pair.ours.step()
     pair.assert_equal()
+
+
+@each
+def test_numbers_on_the_device_stay_there(backend, name, monkeypatch):
+    """Kernels that can read lr, grad_scale and found_inf from the device's memory do: the host never does."""
+    if backend.startswith("cpu"):
+        pytest.skip("the CPU's kernels take these numbers from the host, where they are")
+    more = {"dampening": 0} if name == "SGD" else {}  # a first step with dampening has to know whether it is one
+    lr = torch.tensor(0.05, dtype=torch.float64)
+    pair = Pair(name, values_of([(9,)]), **{**TYPICAL[name], **more, "lr": lr, "fused": True})
+    fastnn.dispatch.choice(pair.ours._op, pair.ours_params[0].device.type)  # the first one tries Triton and waits
+    for seed, found in enumerate((1.0, 0.0, 0.0)):
+        pair.set_grads(values_of([(9,)], seed=seed))
+        for o in (pair.ours, pair.native):
+            set_amp(o, torch.tensor(4.0), torch.tensor(found))
+        with monkeypatch.context() as patch:
+            for read in ("__float__", "__bool__", "__int__", "__index__", "item", "tolist"):
+                patch.setattr(torch.Tensor, read, lambda self, read=read: pytest.fail(f"{read} of {self.shape}"))
+            pair.ours.step()
+        if not found:
+            pair.native.step()
+            pair.assert_equal()
 
 
 @each

@@ -315,33 +315,7 @@ def test_wheel_module_samples(backend):
         assert gradcheck(fastnn.nn.ReLU(), x.clone().requires_grad_())
 
 
-# ---- transforms, autocast, other tensors ----
-
-
-@pytest.mark.expects_native
-def test_transforms(backend):
-    x, tangent = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
-    assert_bitwise_equal(torch.vmap(F.relu)(x), native.relu(x))
-    for o, e in zip(
-        torch.func.jvp(F.relu, (x,), (tangent,)), torch.func.jvp(native.relu, (x,), (tangent,)), strict=True
-    ):
-        assert_bitwise_equal(o, e)
-    assert_bitwise_equal(
-        torch.func.hessian(lambda t: F.relu(t).pow(3).sum())(x),
-        torch.func.hessian(lambda t: native.relu(t).pow(3).sum())(x),
-    )
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, tangent)
-        assert_bitwise_equal(
-            torch.autograd.forward_ad.unpack_dual(F.relu(dual)).tangent,
-            torch.autograd.forward_ad.unpack_dual(native.relu(dual)).tangent,
-        )
-
-
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
-def test_autocast_keeps_the_dtype(backend, dtype):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert F.relu(torch.randn(5, dtype=dtype)).dtype is native.relu(torch.randn(5, dtype=dtype)).dtype is dtype
+# ---- other tensors ----
 
 
 @pytest.mark.expects_native

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ PROGRAM, NATIVE = load_program(native=False), load_program(native=True)
 STEPS = 20
 
 
-def batches(image_size: int, dtype: torch.dtype, batch: int = 8) -> DataLoader[tuple[Tensor, ...]]:
+def batches(image_size: int, dtype: torch.dtype, batch: int) -> DataLoader[tuple[Tensor, ...]]:
     """The same batches for whoever trains on them: a class is a bright square somewhere of its own."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(10, (STEPS * batch,), generator=generator)
@@ -37,25 +40,36 @@ def train(program: ModuleType, model: torch.nn.Module, loader: DataLoader, optim
     return program.train(model, loader, program.nn.CrossEntropyLoss(), opt, "cpu", "training").losses
 
 
-def trained(loader: DataLoader, optimizer: str, converted: bool) -> list[tuple[list[float], list[Tensor]]]:
+@cache
+def native(
+    image_size: int, dtype: torch.dtype, batch: int, optimizer: str
+) -> tuple[dict[str, Tensor], list[float], list[Tensor]]:
+    """Native's initial weights, losses and final weights: trained once for all that are compared with it."""
+    torch.manual_seed(0)
+    model = NATIVE.CNN(image_size, 10).to(dtype)
+    initial = copy.deepcopy(model.state_dict())
+    losses = train(NATIVE, model, batches(image_size, dtype, batch), optimizer)
+    return initial, losses, [p.detach() for p in model.parameters()]
+
+
+def trained(
+    image_size: int, dtype: torch.dtype, batch: int, optimizer: str, converted: bool, **to: Any
+) -> list[tuple[list[float], list[Tensor]]]:
     """(losses, final weights) of native and of fastnn, from the same initial weights."""
-    images = loader.dataset.tensors[0]
-    native, ours = (program.CNN(images.shape[-1], 10).to(images.dtype) for program in (NATIVE, PROGRAM))
-    ours.load_state_dict(native.state_dict())
+    initial, *exact = native(image_size, dtype, batch, optimizer)
+    model = PROGRAM.CNN(image_size, 10).to(dtype=dtype, **to)
+    model.load_state_dict(initial)
     if converted:
-        fastnn.convert(ours)
-    runs = []
-    for program, model in ((NATIVE, native), (PROGRAM, ours)):
-        losses = train(program, model, loader, optimizer)
-        runs.append((losses, [p.detach() for p in model.parameters()]))
-    return runs
+        fastnn.convert(model)
+    losses = train(PROGRAM, model, batches(image_size, dtype, batch), optimizer)
+    return [tuple(exact), (losses, [p.detach() for p in model.parameters()])]
 
 
 @pytest.mark.big
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
 @pytest.mark.parametrize("converted", [False, True], ids=["imports", "converted"])
 def test_weights_in_float64(backend, optimizer, converted):
-    (exact_losses, exact), (losses, weights) = trained(batches(32, torch.float64), optimizer, converted)
+    (exact_losses, exact), (losses, weights) = trained(32, torch.float64, 8, optimizer, converted)
     assert exact_losses[-1] < 0.9 * exact_losses[0]  # it does learn
     torch.testing.assert_close(losses, exact_losses, rtol=0, atol=1e-10)
     for w, e in zip(weights, exact, strict=True):
@@ -68,7 +82,7 @@ def test_weights_in_float64(backend, optimizer, converted):
 def test_loss_curve_in_float32(backend, optimizer, converted, image_size):
     # At a batch of 8, one rounding that takes a ReLU across zero is enough for Adam to part two float32 curves by 5e-3:
     # native's own, in NCHW and in channels_last, too.
-    (exact, _), (losses, _) = trained(batches(image_size, torch.float32, batch=32), optimizer, converted)
+    (exact, _), (losses, _) = trained(image_size, torch.float32, 32, optimizer, converted)
     torch.testing.assert_close(losses, exact, rtol=0, atol=1e-3)
 
 
@@ -76,11 +90,6 @@ def test_loss_curve_in_float32(backend, optimizer, converted, image_size):
 @pytest.mark.parametrize("converted", [False, True], ids=["imports", "converted"])
 def test_channels_last(backend, converted):
     """The program after model.to(memory_format=torch.channels_last), as native users are told to write it."""
-    loader = batches(32, torch.float64)
-    native = NATIVE.CNN(32, 10).double()
-    ours = PROGRAM.CNN(32, 10).double().to(memory_format=torch.channels_last)
-    ours.load_state_dict(native.state_dict())
-    if converted:
-        fastnn.convert(ours)
-    exact = train(NATIVE, native, loader, "Adam")
-    torch.testing.assert_close(train(PROGRAM, ours, loader, "Adam"), exact, rtol=0, atol=1e-10)
+    to = {"memory_format": torch.channels_last}
+    (exact, _), (losses, _) = trained(32, torch.float64, 8, "Adam", converted, **to)
+    torch.testing.assert_close(losses, exact, rtol=0, atol=1e-10)

@@ -4,8 +4,7 @@
 #include <array>
 #include <atomic>
 
-#include "common/check.h"
-#include "common/conv_shape.h"
+#include "common/conv2d_call.h"
 #include "cpu/kernels/conv2d.h"
 #include "cpu/kernels/conv2d_depthwise.h"
 #include "cpu/kernels/conv2d_pointwise.h"
@@ -16,7 +15,6 @@
 namespace fastnn::cpu {
 namespace {
 
-using Ints = std::vector<int64_t>;
 using torch::headeronly::MemoryFormat;
 
 // A task's packed planes and its result panel, which share the L2 cache.
@@ -34,20 +32,6 @@ constexpr int64_t kSliceBytes = int64_t(64) << 20;  // all private weight gradie
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Strides4 strides4(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-
-// Torch's rule (suggest_memory_format): strides ascend in the order channel, column, row, batch; where the order is
-// ambiguous, as in N x C x 1 x 1, NCHW wins.
-bool is_channels_last(const Tensor& t) {
-  int64_t least = 0;
-  if (t.stride(1) == 0) return false;
-  for (int64_t d : {1, 3, 2, 0}) {
-    if (t.size(d) == 0 || t.stride(d) < least || (d == 0 && least == t.stride(1))) return false;
-    least = t.stride(d) * t.size(d);
-  }
-  return true;
-}
-
 Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> sizes, bool channels_last,
                 std::optional<ScalarType> dtype = std::nullopt) {
   return with_huge_pages(torch::stable::empty({sizes.data(), 4}, dtype.value_or(like.scalar_type()), std::nullopt,
@@ -55,56 +39,11 @@ Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> sizes, bool channels_
                                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
 }
 
-int64_t out_size(int64_t in, int64_t pads, int64_t kernel, int64_t stride, int64_t dilation) {
-  return (in + pads - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
-ConvShape conv_shape(const char* op, const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
-                     const Ints& dilation, int64_t groups) {
-  check_dim(input, 4, op, "input");
-  check_dim(weight, 4, op, "weight");
-  check_same_dtype(weight, input, op, "weight");
-  STD_TORCH_CHECK(stride.size() == 2 && dilation.size() == 2 && padding.size() == 4, op,
-                  ": expected 2 values of stride and dilation and 4 of padding, got ", stride.size(), ", ",
-                  dilation.size(), " and ", padding.size());
-  for (int64_t v : {stride[0], stride[1], dilation[0], dilation[1], groups})
-    STD_TORCH_CHECK(v > 0, op, ": stride, dilation and groups must be positive, got ", v);
-  for (int64_t v : padding) STD_TORCH_CHECK(v >= 0, op, ": padding must not be negative, got ", v);
-  STD_TORCH_CHECK(stride[0] * stride[1] <= kMaxPhases, op, ": stride is ", stride[0], " x ", stride[1],
+// Every phase of the stride is a plan of its own.
+ConvShape few_phases(const char* op, const ConvShape& s) {
+  STD_TORCH_CHECK(s.stride_h * s.stride_w <= kMaxPhases, op, ": stride is ", s.stride_h, " x ", s.stride_w,
                   ", expected at most ", kMaxPhases, " in all");
-  STD_TORCH_CHECK(input.size(1) == weight.size(1) * groups && weight.size(0) % groups == 0 && weight.size(0) > 0 &&
-                      weight.size(1) > 0,
-                  op, ": input of shape ", shape_string(input), ", weight of shape ", shape_string(weight),
-                  " and groups ", groups, " do not fit together");
-  ConvShape s;
-  s.batch = input.size(0), s.in_channels = input.size(1), s.in_h = input.size(2), s.in_w = input.size(3);
-  s.out_channels = weight.size(0), s.kernel_h = weight.size(2), s.kernel_w = weight.size(3);
-  s.stride_h = stride[0], s.stride_w = stride[1], s.dilation_h = dilation[0], s.dilation_w = dilation[1];
-  s.pad_top = padding[0], s.pad_left = padding[1], s.pad_bottom = padding[2], s.pad_right = padding[3];
-  s.groups = groups;
-  STD_TORCH_CHECK(s.kernel_h > 0 && s.kernel_w > 0 &&
-                      s.in_h + s.pad_top + s.pad_bottom > s.dilation_h * (s.kernel_h - 1) &&
-                      s.in_w + s.pad_left + s.pad_right > s.dilation_w * (s.kernel_w - 1),
-                  op, ": weight of shape ", shape_string(weight), " is larger than the padded input of shape ",
-                  shape_string(input));
-  s.out_h = out_size(s.in_h, s.pad_top + s.pad_bottom, s.kernel_h, s.stride_h, s.dilation_h);
-  s.out_w = out_size(s.in_w, s.pad_left + s.pad_right, s.kernel_w, s.stride_w, s.dilation_w);
   return s;
-}
-
-PoolShape pool_shape(const char* op, const ConvShape& s, const Ints& kernel, const Ints& stride) {
-  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2, op,
-                  ": expected 2 values of pool_kernel_size and pool_stride");
-  PoolShape pool;
-  pool.kernel_h = kernel[0], pool.kernel_w = kernel[1], pool.stride_h = stride[0], pool.stride_w = stride[1];
-  STD_TORCH_CHECK(pool.kernel_h > 0 && pool.kernel_w > 0 && pool.stride_h > 0 && pool.stride_w > 0 &&
-                      pool.kernel_h <= s.out_h && pool.kernel_w <= s.out_w && pool.kernel_h * pool.kernel_w < kPoolNone,
-                  op, ": pool_kernel_size is ", pool.kernel_h, " x ", pool.kernel_w, ", pool_stride ", pool.stride_h,
-                  " x ", pool.stride_w, ", expected a window of 1 to ", int(kPoolNone) - 1, " elements inside ",
-                  s.out_h, " x ", s.out_w);
-  pool.out_h = (s.out_h - pool.kernel_h) / pool.stride_h + 1;
-  pool.out_w = (s.out_w - pool.kernel_w) / pool.stride_w + 1;
-  return pool;
 }
 
 // Blocks of rows: whole pooling windows, and as even as they come.
@@ -580,13 +519,8 @@ void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& wei
   const DType dtype = dtype_of(input, op, "input");
   const int64_t element = accumulator_size(dtype);
   Scratch<char> wide_bias((s.out_channels + kDepthwiseVector) * element);
-  if (bias) {
-    check_same_dtype(*bias, input, op, "bias");
-    check_dim(*bias, 1, op, "bias");
-    STD_TORCH_CHECK(bias->size(0) == s.out_channels, op, ": bias has shape ", shape_string(*bias), ", expected [",
-                    s.out_channels, "]");
-    conv_kernels().to_accumulator[dtype](bias->data_ptr(), bias->stride(0), wide_bias.get(), s.out_channels);
-  }
+  check_conv_bias(op, bias, input, s);
+  if (bias) conv_kernels().to_accumulator[dtype](bias->data_ptr(), bias->stride(0), wide_bias.get(), s.out_channels);
   if (output.numel() == 0) return;
   std::vector<Tap> taps = all_taps(s, weight);
   TapConv p{};
@@ -611,10 +545,11 @@ void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& wei
 
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding, Ints dilation,
               int64_t groups, bool relu) {
-  const ConvShape s = conv_shape("conv2d", input, weight, stride, padding, dilation, groups);
+  const char* op = "conv2d";
+  const ConvShape s = few_phases(op, conv_shape(op, input, weight, stride, padding, dilation, groups));
   const Tensor output =
-      empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, is_channels_last(input) || is_channels_last(weight));
-  forward("conv2d", s, input, weight, bias, relu, PoolShape{}, output, nullptr);
+      empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w}, result_is_channels_last(input, weight));
+  forward(op, s, input, weight, bias, relu, PoolShape{}, output, nullptr);
   return output;
 }
 
@@ -622,9 +557,9 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, s
                                                   Ints padding, Ints dilation, int64_t groups, Ints pool_kernel_size,
                                                   Ints pool_stride) {
   const char* op = "conv2d_relu_max_pool2d";
-  const ConvShape s = conv_shape(op, input, weight, stride, padding, dilation, groups);
+  const ConvShape s = few_phases(op, conv_shape(op, input, weight, stride, padding, dilation, groups));
   const PoolShape pool = pool_shape(op, s, pool_kernel_size, pool_stride);
-  const bool channels_last = is_channels_last(input) || is_channels_last(weight);
+  const bool channels_last = result_is_channels_last(input, weight);
   const std::array<int64_t, 4> sizes{s.batch, s.out_channels, pool.out_h, pool.out_w};
   const Tensor output = empty_4d(input, sizes, channels_last);
   const Tensor code = empty_4d(input, sizes, channels_last, ScalarType::Byte);
@@ -808,42 +743,29 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
                                                    Ints pool_kernel_size, Ints pool_stride,
                                                    std::vector<bool> output_mask) {
   const char* op = "conv2d_backward";
-  const ConvShape s = conv_shape(op, input, weight, stride, padding, dilation, groups);
+  const ConvShape s = few_phases(op, conv_shape(op, input, weight, stride, padding, dilation, groups));
   const DType dtype = dtype_of(input, op, "input");
-  check_same_dtype(grad_output, input, op, "grad_output");
-  check_dim(grad_output, 4, op, "grad_output");
-  STD_TORCH_CHECK(output_mask.size() == 3, op, ": output_mask has ", output_mask.size(), " values, expected 3");
-
-  ConvSource grad = plain_source(grad_output);
   PooledGrad pooled{};
-  std::array<int64_t, 4> expected{s.batch, s.out_channels, s.out_h, s.out_w};
+  pooled.pool = check_conv_gradient(op, grad_output, input, s, relu_output, pool_code, pool_kernel_size, pool_stride,
+                                    output_mask);
+  ConvSource grad = plain_source(grad_output);
   if (pool_code) {
-    pooled.pool = pool_shape(op, s, pool_kernel_size, pool_stride);
-    expected[2] = pooled.pool.out_h, expected[3] = pooled.pool.out_w;
-    check_same_shape(*pool_code, grad_output, op, "pool_code");
-    STD_TORCH_CHECK(pool_code->scalar_type() == ScalarType::Byte, op, ": pool_code has dtype ",
-                    torch::headeronly::toString(pool_code->scalar_type()), ", expected uint8");
     pooled.conv = s;
     pooled.grad = grad.data, pooled.grad_stride = grad.stride;
     pooled.code = static_cast<const uint8_t*>(pool_code->data_ptr()), pooled.code_stride = strides4(*pool_code);
     pooled.width = std::min<int64_t>(s.group_in(), 4 * conv_kernels().lanes[accumulator_size(dtype) == 4]);
   } else if (relu_output) {
-    check_same_shape(*relu_output, grad_output, op, "relu_output");
-    check_same_dtype(*relu_output, input, op, "relu_output");
     grad.relu_output = relu_output->data_ptr();
     grad.relu_stride = strides4(*relu_output);
   }
-  for (int64_t d = 0; d < 4; ++d)
-    STD_TORCH_CHECK(grad_output.size(d) == expected[d], op, ": grad_output has shape ", shape_string(grad_output),
-                    ", expected ", expected[d], " in dimension ", d);
 
   const auto none = [&] {
     const int64_t zero = 0;
     return torch::stable::empty({&zero, 1}, input.scalar_type(), std::nullopt, input.device());
   };
-  Tensor input_result = output_mask[0] ? empty_4d(input, {s.batch, s.in_channels, s.in_h, s.in_w},
-                                                  is_channels_last(input) || is_channels_last(weight))
-                                       : none();
+  Tensor input_result =
+      output_mask[0] ? empty_4d(input, {s.batch, s.in_channels, s.in_h, s.in_w}, result_is_channels_last(input, weight))
+                     : none();
   Tensor weight_result =
       output_mask[1] ? empty_4d(weight, {s.out_channels, s.group_in(), s.kernel_h, s.kernel_w}, false) : none();
   Tensor bias_result = none();

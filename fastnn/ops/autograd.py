@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastnn.dispatch import forced, forced_to, kernel
 
@@ -61,12 +62,17 @@ def needs_grad(*args: Any) -> bool:
 
 
 def differentiable(
-    name: str, function: type[Function], setup_context: Callable[..., None] | None = None
+    name: str,
+    function: type[Function],
+    setup_context: Callable[..., None] | None = None,
+    in_torch: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Makes ``torch.ops.fastnn.<name>`` differentiable by ``function`` and returns the fast way to call it.
 
     ``function`` takes the operator's own arguments, positionally; its ``forward`` has to ``run`` the operator.
     ``setup_context`` is the operator's own where ``function`` does not return, as an output, all that it saves.
+    ``in_torch``, of an operator that a backward calls, is the same by torch's operators, which have batching rules and
+    forward-mode derivatives: a graph that was recorded outside of a transform may be walked inside of one.
     """
     op = getattr(torch.ops.fastnn, name).default
     setup_context = setup_context or function.setup_context
@@ -75,8 +81,10 @@ def differentiable(
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
             return op(*args)
+        if in_torch is not None and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+            return in_torch(*args)
         if needs_grad(*args):
             return apply(*args)
         with BelowAutograd():

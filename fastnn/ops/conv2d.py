@@ -159,8 +159,9 @@ def _unmask(
         return grad_output
     size = output_size(input, weight, *geometry[:3])
     index, alive = _pool_index(code, size[1], pool)
-    zeros = grad_output.new_zeros([*grad_output.shape[:2], size[0] * size[1]])
-    return zeros.scatter_add(2, index, (grad_output * alive).flatten(2)).unflatten(2, size)
+    planes = grad_output.shape[:2]
+    zeros = grad_output.new_zeros([*planes, size[0] * size[1]])
+    return zeros.scatter_add(2, index, (grad_output * alive).reshape(index.shape)).view(*planes, *size)
 
 
 def _mask(grad: Tensor, relu_output: Tensor | None, code: Tensor | None, pool: tuple[Ints, Ints]) -> Tensor:
@@ -170,7 +171,51 @@ def _mask(grad: Tensor, relu_output: Tensor | None, code: Tensor | None, pool: t
     if code is None:
         return grad
     index, alive = _pool_index(code, grad.shape[3], pool)
-    return grad.flatten(2).gather(2, index).view(code.shape) * alive
+    return grad.reshape(*grad.shape[:2], grad.shape[2] * grad.shape[3]).gather(2, index).view(code.shape) * alive
+
+
+def _padded(input: Tensor, padding: Ints) -> Tensor:
+    top, left, bottom, right = padding
+    return torch.nn.functional.pad(input, (left, right, top, bottom))
+
+
+def _conv2d_in_torch(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    result = torch.conv2d(_padded(input, padding), weight, bias, stride, 0, dilation, groups)
+    return result.relu() if relu else result
+
+
+def _conv2d_backward_in_torch(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    relu_output: Tensor | None,
+    pool_code: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    pool_kernel_size: Ints,
+    pool_stride: Ints,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    geometry = (stride, padding, dilation, groups)
+    grad = _unmask(grad_output, input, weight, relu_output, pool_code, geometry, (pool_kernel_size, pool_stride))
+    grad_input, *others = torch.ops.aten.convolution_backward(
+        grad, _padded(input, padding), weight, [weight.shape[0]], stride, [0, 0], dilation, False, [0, 0], groups,
+        output_mask,
+    )  # fmt: skip
+    if output_mask[0]:
+        grad_input = _padded(grad_input, [-p for p in padding])
+    return grad_input, *others
 
 
 class Conv2d(Function):
@@ -230,6 +275,6 @@ def _gradients(
     return [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
 
 
-conv2d_backward = differentiable("conv2d_backward", Conv2dBackward)
-conv2d = differentiable("conv2d", Conv2d)
+conv2d_backward = differentiable("conv2d_backward", Conv2dBackward, in_torch=_conv2d_backward_in_torch)
+conv2d = differentiable("conv2d", Conv2d, in_torch=_conv2d_in_torch)
 conv2d_relu_max_pool2d = differentiable("conv2d_relu_max_pool2d", Conv2dReLUMaxPool2d)

@@ -32,8 +32,39 @@ def _fake_backward(grad_output: Tensor, input: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(input)
 
 
+def _gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """What ``fastnn::cross_entropy_backward`` computes, by torch's operators: with w_c the classes' weights and q_c the
+    target's probabilities, ``grad_output * (softmax(input) * sum_c w_c q_c - w_c q_c)``."""
+    dim = _class_dim(input)
+    x, classes = input.to(stats.dtype), input.shape[dim]
+    if target.is_floating_point():
+        q = target.to(x.dtype)
+    else:
+        q = (target.unsqueeze(dim) == torch.arange(classes, device=x.device).view(-1, *[1] * (x.dim() - 1 - dim))).to(x)
+    q = q * (1 - label_smoothing) + label_smoothing / classes
+    if not target.is_floating_point():
+        q = q * (target != ignore_index).unsqueeze(dim)
+    if weight is not None:
+        q = q * weight.to(x.dtype).view(-1, *[1] * (x.dim() - 1 - dim))
+    grad = grad_output.to(x.dtype)
+    if reduction == 0:
+        grad = grad.unsqueeze(dim)
+    elif reduction == 1:
+        grad = grad / stats[-1]
+    return (grad * (x.softmax(dim) * q.sum(dim, keepdim=True) - q)).to(input.dtype)
+
+
 class CrossEntropyBackward(Function):
-    """The gradient of the logits. Its own gradient is torch's: right, and not meant to be fast."""
+    """The gradient of the logits. Its own gradient is that of torch's operators: right, and not meant to be fast."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
@@ -41,12 +72,12 @@ class CrossEntropyBackward(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad_output, input, target, weight, _, *ctx.options = inputs
-        ctx.save_for_backward(grad_output, input, target, weight)
+        ctx.save_for_backward(*inputs[:5])
+        ctx.options = inputs[5:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *differentiable_inputs, weight = ctx.saved_tensors
+        *differentiable_inputs, weight, stats = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -54,9 +85,7 @@ class CrossEntropyBackward(Function):
             grad_output, input, target = aliases = [
                 t.view_as(t) if n else t for t, n in zip(differentiable_inputs, needed, strict=True)
             ]
-            x = input if input.requires_grad else input.detach().requires_grad_()
-            loss = torch._C._nn.cross_entropy_loss(x, target, weight, *ctx.options)
-            (grad_input,) = torch.autograd.grad(loss, x, grad_output, create_graph=True)
+            grad_input = _gradient(grad_output, input, target, weight, stats, *ctx.options)
         wanted = [t for t, n in zip(aliases, needed, strict=True) if n]
         found = iter(torch.autograd.grad(grad_input, wanted, grad, create_graph=create_graph, allow_unused=True))
         return *(next(found) if n else None for n in needed), *[None] * 5
@@ -115,7 +144,7 @@ def _target_gradient(
     return -grad * torch.log_softmax(input, dim)
 
 
-cross_entropy_backward = differentiable("cross_entropy_backward", CrossEntropyBackward)
+cross_entropy_backward = differentiable("cross_entropy_backward", CrossEntropyBackward, in_torch=_gradient)
 _cross_entropy = differentiable("cross_entropy", CrossEntropy, _setup_context)
 
 

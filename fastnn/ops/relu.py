@@ -58,7 +58,9 @@ class ReLUInPlace(ReLU):
         ctx.save_for_backward(output)
 
 
-relu_backward = differentiable("relu_backward", ReLUBackward)
+relu_backward = differentiable(
+    "relu_backward", ReLUBackward, in_torch=lambda grad, result: torch.ops.aten.threshold_backward(grad, result, 0)
+)
 relu = differentiable("relu", ReLU)
 _relu_ = not_differentiable("relu_")
 

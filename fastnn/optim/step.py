@@ -22,6 +22,11 @@ class Numbers(NamedTuple):
     skipped: bool  # found_inf is any number but 0: the state is made, but not stepped
     on_device: tuple[Tensor | None, ...]  # lr, grad_scale, found_inf; empty for kernels that take none
 
+    @property
+    def scaled(self) -> bool:
+        """Whether the gradients change: they are divided by grad_scale."""
+        return any(scale is not None for scale in (self.grad_scale, *self.on_device[1:2]))
+
     @classmethod
     def of(cls, lr: Any, grad_scale: Any, found_inf: Any, device: torch.device | None) -> Numbers:
         """``device``: where the kernels read tensors, if they do."""
@@ -59,9 +64,11 @@ class FusedStep(torch.optim.Optimizer):
         if not compiling and torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
             log_once(self._op, "of an active TorchDispatchMode")
             return False
-        read_on_device = not compiling and bool(params) and library_of(self._op, params) not in (None, _C)
+        # The CPU's kernels take numbers from the host. Triton's do not, but take a table from it: no graph of a device.
+        library = library_of(self._op, params) if params and not compiling else _C
+        capturable = compiling or library not in (None, _C)
         for option in ("differentiable", "capturable"):
-            if group.get(option) and not (option == "capturable" and (compiling or read_on_device)):
+            if group.get(option) and not (option == "capturable" and capturable):
                 log_once(self._op, f"of {option}=True")
                 return False
         if not params:
@@ -70,11 +77,11 @@ class FusedStep(torch.optim.Optimizer):
             return False
         if compiling and isinstance(group["lr"], Tensor):  # its value is not known yet
             return False
-        if read_on_device:
+        if library is not _C:
             # torch's own step asks this first; 2.13 has renamed it.
             getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        device = params[0].device if read_on_device else None
+        device = None if library is _C else params[0].device
         return self._update(group, params, grads, Numbers.of(group["lr"], grad_scale, found_inf, device))
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], numbers: Numbers) -> bool:
@@ -130,12 +137,11 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
         if library is not None:  # straight from the lists, past the dispatcher
             getattr(library, f"{op}_")(*lists, *options, *numbers.on_device)
             return True
-        run(f"{op}_", *lists, *options)
+        run(f"{op}_", *lists, *options, *numbers.on_device)
     except (library or _C).NotCovered as refusal:
         log_once(op, str(refusal))
         return False
-    grads_change = options[-1] is not None  # divided by grad_scale
     for i, changed in enumerate(lists):
-        if i != 1 or grads_change:
+        if i != 1 or numbers.scaled:
             torch.autograd.graph.increment_version(cast(Sequence[Tensor], changed))
     return True

@@ -17,22 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnn.dispatch import _C
-from fastnn.triton.tensor_lists import check_operands, program_chunk, tensor_of, update_all
+from fastnn.triton.tensor_lists import check_operands, number, program_chunk, tensor_of, update_all
 
 
 @triton.jit
 def update_kernel(
     table_ptr,
+    numbers_ptr,  # found_inf, 1 - lr weight_decay, grad_scale
     records,
     bias_ptr,  # (2, parameters) float64: step_size = lr / (1 - beta1^t) and sqrt(1 - beta2^t)
     params,
-    lr_weight_decay: tl.float64,  # 1 - lr weight_decay
     weight_decay: tl.float64,
     one_minus_beta1: tl.float64,
     beta2: tl.float64,
     one_minus_beta2: tl.float64,
     eps: tl.float64,
-    grad_scale: tl.float64,
     AMSGRAD: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
@@ -45,7 +44,7 @@ def update_kernel(
     CHUNK: tl.constexpr,
 ):
     OPERANDS: tl.constexpr = 5 if AMSGRAD else 4
-    record, i, mask = program_chunk(table_ptr, records, OPERANDS, CHUNK)
+    record, i, mask = program_chunk(table_ptr, numbers_ptr, records, OPERANDS, CHUNK)
     param = tensor_of(record, 0, DTYPE, ALIGNED) + i
     grad = tensor_of(record, 1, DTYPE, ALIGNED) + i
     exp_avg = tensor_of(record, 2, DTYPE, ALIGNED) + i
@@ -59,13 +58,13 @@ def update_kernel(
     m = tl.load(exp_avg, mask=mask).to(ACC)
     v = tl.load(exp_avg_sq, mask=mask).to(ACC)
     if SCALED:
-        g = g / tl.full((), grad_scale, ACC)
+        g = g / tl.load(numbers_ptr + 2).to(ACC)
         tl.store(grad, g.to(DTYPE), mask=mask)
     if MAXIMIZE:
         g = -g
     if WEIGHT_DECAY:
         if DECOUPLED:
-            p = p * tl.full((), lr_weight_decay, ACC)
+            p = p * tl.load(numbers_ptr + 1).to(ACC)
         else:
             g = g + tl.full((), weight_decay, ACC) * p
     if LERP_FROM_START:  # torch's lerp starts from the nearer end
@@ -100,37 +99,49 @@ def adam_(
     maximize: bool,
     decoupled_weight_decay: bool,
     grad_scale: float | None = None,
+    lr_tensor: Tensor | None = None,
+    grad_scale_tensor: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
+    scaled = grad_scale is not None or grad_scale_tensor is not None
     operands = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if amsgrad:
         operands["max_exp_avg_sqs"] = max_exp_avg_sqs
-    updated = set(operands) - ({"grads"} if grad_scale is None else set())
+    updated = set(operands) - (set() if scaled else {"grads"})
     check_operands("adam_", operands, updated)
     if len(state_steps) != len(params):
         raise _C.NotCovered(f"adam_: state_steps has {len(state_steps)} tensors, expected {len(params)}")
     if any(t.numel() != 1 or t.dtype not in (torch.float32, torch.float64) for t in state_steps):
         raise _C.NotCovered("adam_: state_steps has a tensor that is no float32 or float64 scalar")
+    device = params[0].device
+    host = {torch.device("cpu")} if found_inf is None else {}  # which the host knows nothing of
+    if {t.device for t in state_steps} not in ({device}, host):
+        raise _C.NotCovered("adam_: state_steps has a tensor on another device")
+    rate = number("adam_", "lr_tensor", lr_tensor, lr, params[0])
+    found = number("adam_", "found_inf", found_inf, 0.0, params[0])
+    one = (found == 0).float() if isinstance(found, Tensor) else 1
 
     def prepare(indices: list[int]) -> tuple[Tensor | int | float, ...]:
-        for i in indices:
-            state_steps[i].add_(1)
-        # On the steps' own device: no value of it is waited for.
-        t = torch.stack([step.double().reshape(()) for step in state_steps])
-        bias = torch.stack([lr / (1 - beta1**t), (1 - beta2**t).sqrt()]).to(params[0].device, non_blocking=True)
-        decay = (1 - lr * weight_decay, weight_decay)
-        scale = 1.0 if grad_scale is None else grad_scale
-        return bias, len(params), *decay, 1 - beta1, beta2, 1 - beta2, eps, scale
+        torch._foreach_add_([state_steps[i] for i in indices], one)
+        t = torch.stack([step.reshape(()) for step in state_steps]).to(device, torch.float64, non_blocking=True)
+        bias = torch.stack([rate / (1 - beta1**t), (1 - beta2**t).sqrt()])
+        return bias, len(params), weight_decay, 1 - beta1, beta2, 1 - beta2, eps
 
     update_all(
         update_kernel,
         operands,
         updated,
         list(range(len(params))),
+        [
+            found,
+            1 - rate * weight_decay,
+            number("adam_", "grad_scale_tensor", grad_scale_tensor, grad_scale, params[0]),
+        ],
         prepare,
         AMSGRAD=amsgrad,
         MAXIMIZE=maximize,
         WEIGHT_DECAY=weight_decay != 0,
         DECOUPLED=decoupled_weight_decay,
-        SCALED=grad_scale is not None,
+        SCALED=scaled,
         LERP_FROM_START=1 - beta1 < 0.5,
     )

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnn.ops.conv2d import _memory_format, output_size
+from fastnn.triton import is_interpreted
 from fastnn.triton.arguments import (
     accumulator,
     accumulator_dtype,
@@ -390,7 +391,7 @@ def _blocks(tensor: Tensor, columns: int, rows: int | None = None) -> dict[str, 
     dot = tensor.dtype is not torch.float64 and min(columns, rows or columns) >= MIN_COLUMNS
     block = min(triton.next_power_of_2(columns), MAX_COLUMNS if dot else MIN_COLUMNS)
     height, depth = (ROWS, DEPTH) if dot else (SUMS // block, SHALLOW)
-    if tensor.is_cpu:
+    if is_interpreted():
         height, depth = INTERPRETED_ROWS, INTERPRETED_DEPTH
     if rows is not None:
         height = min(triton.next_power_of_2(rows), height)

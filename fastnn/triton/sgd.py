@@ -15,19 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnn.triton.arguments import check
-from fastnn.triton.tensor_lists import check_operands, program_chunk, tensor_of, update_all
+from fastnn.triton.tensor_lists import check_operands, number, program_chunk, tensor_of, update_all
 
 
 @triton.jit
 def update_kernel(
     table_ptr,
+    numbers_ptr,  # found_inf, grad_factor, step_factor, grad_scale
     records,
-    grad_factor: tl.float64,
-    step_factor: tl.float64,
     momentum: tl.float64,
     undamped: tl.float64,  # 1 - dampening
     weight_decay: tl.float64,
-    grad_scale: tl.float64,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -39,19 +37,19 @@ def update_kernel(
     CHUNK: tl.constexpr,
 ):
     OPERANDS: tl.constexpr = 3 if MOMENTUM else 2
-    record, i, mask = program_chunk(table_ptr, records, OPERANDS, CHUNK)
+    record, i, mask = program_chunk(table_ptr, numbers_ptr, records, OPERANDS, CHUNK)
     param = tensor_of(record, 0, DTYPE, ALIGNED) + i
     grad = tensor_of(record, 1, DTYPE, ALIGNED) + i
     p = tl.load(param, mask=mask).to(ACC)
     g = tl.load(grad, mask=mask).to(ACC)
     if SCALED:
-        g = g / tl.full((), grad_scale, ACC)
+        g = g / tl.load(numbers_ptr + 3).to(ACC)
         tl.store(grad, g.to(DTYPE), mask=mask)
     if MAXIMIZE:
         g = -g
     if WEIGHT_DECAY:
         g = g + tl.full((), weight_decay, ACC) * p
-    g = g * tl.full((), grad_factor, ACC)
+    g = g * tl.load(numbers_ptr + 1).to(ACC)
     if MOMENTUM:
         buffer = tensor_of(record, 2, DTYPE, ALIGNED) + i
         is_first = tl.load(record + OPERANDS + 1) != 0  # what the buffer then holds, NaN perhaps, is not selected
@@ -59,7 +57,7 @@ def update_kernel(
         b = tl.where(is_first, g, b * tl.full((), momentum, ACC) + tl.full((), undamped, ACC) * g)
         tl.store(buffer, b.to(DTYPE), mask=mask)
         g = g + tl.full((), momentum, ACC) * b if NESTEROV else b
-    tl.store(param, (p + tl.full((), step_factor, ACC) * g).to(DTYPE), mask=mask)
+    tl.store(param, (p + tl.load(numbers_ptr + 2).to(ACC) * g).to(DTYPE), mask=mask)
 
 
 def sgd_(
@@ -75,11 +73,15 @@ def sgd_(
     maximize: bool,
     lr_in_velocity: bool,
     grad_scale: float | None = None,
+    lr_tensor: Tensor | None = None,
+    grad_scale_tensor: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
+    scaled = grad_scale is not None or grad_scale_tensor is not None
     operands = {"params": params, "grads": grads}
     if momentum != 0:
         operands["momentum_buffer_list"] = momentum_buffer_list
-    updated = set(operands) - ({"grads"} if grad_scale is None else set())
+    updated = set(operands) - (set() if scaled else {"grads"})
     check_operands("sgd_", operands, updated)
     is_first = [0] * len(params)
     for i in first_steps:
@@ -88,18 +90,21 @@ def sgd_(
             f"sgd_: first_steps has {i}, expected indices of parameters with momentum",
         )
         is_first[i] = 1
-    grad_factor, step_factor = (-lr, 1.0) if lr_in_velocity else (1.0, -lr)
-    scale = 1.0 if grad_scale is None else grad_scale
-    arguments = (grad_factor, step_factor, momentum, 1 - dampening, weight_decay, scale)
+    step = -number("sgd_", "lr_tensor", lr_tensor, lr, params[0])
     update_all(
         update_kernel,
         operands,
         updated,
         is_first,
-        lambda _: arguments,
+        [
+            number("sgd_", "found_inf", found_inf, 0.0, params[0]),
+            *((step, 1.0) if lr_in_velocity else (1.0, step)),
+            number("sgd_", "grad_scale_tensor", grad_scale_tensor, grad_scale, params[0]),
+        ],
+        lambda _: (momentum, 1 - dampening, weight_decay),
         MOMENTUM=momentum != 0,
         NESTEROV=nesterov,
         MAXIMIZE=maximize,
         WEIGHT_DECAY=weight_decay != 0,
-        SCALED=grad_scale is not None,
+        SCALED=scaled,
     )

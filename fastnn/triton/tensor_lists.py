@@ -3,12 +3,16 @@
 A table in the device's memory has a record per parameter, with the addresses of its tensors, its element count and a
 number of the op's own, and behind the records, for every program of the grid, which record and which chunk of it are
 its. The table is made anew for every step: a step remembers nothing of the tensors.
+
+The numbers of a step that may be in the device's memory (lr, grad_scale, found_inf) are read there, as float64: the
+host waits for none of them. The first is found_inf: unless it is 0, no element is touched.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +35,14 @@ TL_DTYPES = {
 
 
 @triton.jit
-def program_chunk(table_ptr, records, OPERANDS: tl.constexpr, CHUNK: tl.constexpr):
-    """This program's record, and offsets and mask of its elements."""
+def program_chunk(table_ptr, numbers_ptr, records, OPERANDS: tl.constexpr, CHUNK: tl.constexpr):
+    """This program's record, and offsets and mask of its elements, none of which counts in a step to be skipped."""
     programs = tl.num_programs(0)
     mine = table_ptr + records.to(tl.int64) * (OPERANDS + 2) + tl.program_id(0)
     record = table_ptr + tl.load(mine) * (OPERANDS + 2)
     i = tl.load(mine + programs) * CHUNK + tl.arange(0, CHUNK)
-    return record, i, i < tl.load(record + OPERANDS)
+    count = tl.where(tl.load(numbers_ptr) == 0, tl.load(record + OPERANDS), 0)
+    return record, i, i < count
 
 
 @triton.jit
@@ -67,10 +72,26 @@ def check_operands(op: str, operands: dict[str, list[Tensor]], updated: set[str]
             if tensor.layout is not torch.strided or tensor.is_neg():
                 _refuse(op, name, "a tensor that is not strided memory")
             check_dtype(tensor, op, name)
-            if (tensor.dtype, tensor.shape, tensor.device) != (param.dtype, param.shape, param.device):
-                _refuse(op, name, f"{tensor.dtype} {list(tensor.shape)} beside a parameter that is {param.dtype}")
+            if (tensor.dtype, tensor.shape) != (param.dtype, param.shape):
+                _refuse(op, name, f"{tensor.dtype} {list(tensor.shape)} beside {param.dtype} {list(param.shape)}")
+            if tensor.device != params[0].device:
+                _refuse(op, name, f"a tensor on {tensor.device} beside one on {params[0].device}")
             if name in updated and name != "grads" and _is_expanded(tensor):
                 _refuse(op, name, "elements that share memory")
+
+
+def number(op: str, name: str, tensor: Tensor | None, value: float | None, param: Tensor) -> Tensor | float:
+    """The number in a tensor of one element on the parameters' device; where there is none ``value``, or 1."""
+    if tensor is None:
+        return 1.0 if value is None else value
+    if tensor.numel() != 1 or tensor.device != param.device:
+        raise _C.NotCovered(f"{op}: {name} is no single element on the parameters' device")
+    return tensor.detach().reshape(()).double()
+
+
+def _on_device(numbers: list[Tensor | float], device: torch.device) -> Tensor:
+    full = partial(torch.full, (), dtype=torch.float64, device=device)  # a kernel's argument: nothing is copied
+    return torch.stack([x if isinstance(x, Tensor) else full(x) for x in numbers])
 
 
 def _share_memory(tensors: list[Tensor]) -> bool:
@@ -109,15 +130,18 @@ def update_all(
     kernel: Any,
     operands: dict[str, list[Tensor]],
     updated: set[str],
-    numbers: list[int],
+    of_record: list[int],
+    numbers: list[Tensor | float],
     prepare: Callable[[list[int]], tuple[Any, ...]],
     **constants: Any,
 ) -> None:
     """Runs ``kernel`` on all the parameters that have elements, those that share memory one after the other.
 
-    ``numbers``: the number in each parameter's record. ``prepare(indices)`` is called before these parameters are
-    updated, with those without elements among them, and returns more arguments for the kernel.
+    ``of_record``: the number in each parameter's record. ``numbers``: those that may be in the device's memory,
+    found_inf first. ``prepare(indices)`` is called before these parameters are updated, with those without elements
+    among them, and returns more arguments for the kernel.
     """
+    on_device = _on_device(numbers, operands["params"][0].device)
     params = operands["params"]
     everything = list(range(len(params)))
     for batch in [[i] for i in everything] if _share_memory(params) else [everything]:
@@ -139,11 +163,12 @@ def update_all(
                     tensor = copy
                 of_one.append(tensor)
             tensors.setdefault(params[i].dtype, []).append(tuple(of_one))
-            of_dtype.setdefault(params[i].dtype, []).append(numbers[i])
+            of_dtype.setdefault(params[i].dtype, []).append(of_record[i])
         for dtype, of_all in tensors.items():
             table, programs = _table(of_all, of_dtype[dtype])
             kernel[(programs,)](
                 table,
+                on_device,
                 len(of_all),
                 *arguments,
                 DTYPE=TL_DTYPES[dtype],

@@ -6,6 +6,8 @@
 //   two threads on one byte of memory, one of them writing, with no barrier between (in shared memory or any other), or
 //   two blocks of one launch;
 //   a read of shared memory that the block has not written;
+//   an access to shared memory while an asynchronous copy into it has not been waited for, or a thread that ends before
+//   its copies do;
 //   an access outside of what is allocated, as AddressSanitizer knows it.
 #pragma once
 
@@ -54,6 +56,13 @@ void barrier(const char* file, int line);
 void warp_barrier(unsigned mask, const char* file, int line);
 // Every lane of the mask gives a value and gets that of the lane it names.
 uint64_t exchange(unsigned mask, uint64_t value, int lane, const char* file, int line);
+// What intrinsics.h describes; a copy from nullptr is of zeros, and happens as late as it may: when it is waited for.
+void start_copy(void* to, const void* from);
+void commit_copies();
+void wait_for_copies(unsigned groups);
+void load_matrices(bool transposed, unsigned* matrices, const void* row, const char* file, int line);
+// values: the lane's 8 elements of a, then its 4 of b.
+void multiply_add_matrices(float* sums, const float* values, const char* file, int line);
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
 
 }  // namespace cuda_emulation

@@ -118,13 +118,18 @@ std::string place_name(const Place& place) { return std::string(place.file) + ":
 unsigned thread_count, at_barrier;
 Place barrier_place;
 
+// What a lane gives to an operation of its warp.
+struct Gift {
+  uint64_t words[6];
+};
+
 struct Warp {
   unsigned lanes;    // that there are
   unsigned arrived;  // at the operation that the warp's lanes are at
   unsigned mask;
   Place place;
   // Two: a lane may be at the next operation before all have read their values of this one, but not at the one after.
-  uint64_t values[2][32];
+  Gift gifts[2][32];
   unsigned operations;
 };
 Warp warps[kMaxThreads / 32];
@@ -157,95 +162,11 @@ unsigned meet(unsigned mask, const char* file, int line) {
   return number;
 }
 
-}  // namespace
-
-void barrier(const char* file, int line) {
-  const Place place{file, line};
-  if (at_barrier == 0) barrier_place = place;
-  if (!(place == barrier_place))
-    fault(cudaErrorLaunchFailure, "divergent barrier: %s waits at %s, others at %s", thread_name(current).c_str(),
-          place_name(place).c_str(), place_name(barrier_place).c_str());
-  if (++at_barrier < thread_count) return wait(State::kAtBarrier, file, line);
-  at_barrier = 0;
-  ++now;
-  for (unsigned i = 0; i < thread_count; ++i) fibers[i].state = State::kReady;
-}
-
-void warp_barrier(unsigned mask, const char* file, int line) {
-  const unsigned warp = current / 32, before = warps[warp].operations;
-  meet(mask, file, line);
-  // Of some lanes only it orders too little to be counted on.
-  if ((mask & warps[warp].lanes) == warps[warp].lanes) warp_now[warp] = before + 1;
-}
-
-uint64_t exchange(unsigned mask, uint64_t value, int lane, const char* file, int line) {
+// Gives the warp's lanes a value of each of them; valid until the lane's operation after the next one.
+const Gift* share(unsigned mask, const Gift& own, const char* file, int line) {
   Warp& warp = warps[current / 32];
-  warp.values[warp.operations % 2][current % 32] = value;
-  const unsigned number = meet(mask, file, line);
-  if (!(mask & warp.lanes & 1u << lane))
-    fault(cudaErrorLaunchFailure, "%s:%d reads lane %d, which takes no part", file, line, lane);
-  return warp.values[number % 2][lane];
-}
-
-void fault(cudaError_t kind, const char* format, ...) {
-  char text[1024];
-  va_list args;
-  va_start(args, format);
-  vsnprintf(text, sizeof text, format, args);
-  va_end(args);
-  error = kind;
-  error_text = std::string(text) + " (" + thread_name(current) + " of block " + std::to_string(context.block.x) + ")";
-  back_to_scheduler();
-  abort();  // the scheduler does not come back to this fiber
-}
-
-namespace {
-
-// ---- launches ----
-
-void make_fibers(unsigned count) {
-  if (!stacks)
-    stacks = static_cast<char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
-                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  for (unsigned i = 0; i < count; ++i) {
-    if (fibers[i].started) continue;
-    getcontext(&fibers[i].start);
-    fibers[i].start.uc_stack.ss_sp = stack_of(i);
-    fibers[i].start.uc_stack.ss_size = kStackBytes;
-    makecontext(&fibers[i].start, fiber_main, 0);
-  }
-}
-
-void run_block() {
-  block_began = ++now;
-  at_barrier = 0;
-  for (unsigned i = 0; i < thread_count; ++i) fibers[i].state = State::kReady;
-  for (unsigned w = 0; w * 32 < thread_count; ++w) {
-    const unsigned lanes = std::min(32u, thread_count - w * 32);
-    warps[w].lanes = lanes == 32 ? ~0u : (1u << lanes) - 1;
-    warps[w].arrived = warps[w].operations = warp_now[w] = 0;
-  }
-  for (bool progress = true; progress;) {
-    progress = false;
-    for (unsigned i = 0; i < thread_count; ++i) {
-      if (fibers[i].state != State::kReady) continue;
-      progress = true;
-      resume(i);
-      if (error != cudaSuccess) return;
-    }
-  }
-  for (unsigned i = 0; i < thread_count; ++i) {
-    if (fibers[i].state == State::kExited) continue;
-    const auto other = std::find_if(&fibers[0], &fibers[0] + thread_count,
-                                    [&](const Fiber& fiber) { return fiber.state != fibers[i].state; });
-    current = i;
-    error = cudaErrorLaunchFailure;
-    error_text = std::string("divergent ") + (fibers[i].state == State::kAtBarrier ? "barrier" : "warp operation") +
-                 ": " + thread_name(i) + " waits at " + place_name(fibers[i].waits_at) + " for others, and " +
-                 thread_name(unsigned(other - &fibers[0])) +
-                 (other->state == State::kExited ? " has returned" : " waits at " + place_name(other->waits_at));
-    return;
-  }
+  warp.gifts[warp.operations % 2][current % 32] = own;
+  return warp.gifts[meet(mask, file, line) % 2];
 }
 
 // ---- memory ----
@@ -256,6 +177,7 @@ constexpr uint16_t kSomeWarps = 0x8000;
 struct Byte {
   uint32_t written, written_warp_time, read, read_warp_time;
   uint16_t writer, reader;
+  bool copying;  // an asynchronous copy into it has not been waited for
 };
 constexpr size_t kPage = 4096;
 std::unordered_map<uintptr_t, std::unique_ptr<Byte[]>> pages;
@@ -307,6 +229,9 @@ void access(void* pointer, size_t size, bool write) {
   const unsigned warp = current / 32;
   for (size_t i = 0; i < size; ++i) {
     Byte& byte = *byte_at(address + i);
+    if (byte.copying)
+      fault(cudaErrorLaunchFailure, "copy in flight: %s %s shared memory at %#zx, which a copy is still written to",
+            thread_name(current).c_str(), write ? "writes" : "reads", size_t(address + i));
     if (unordered(byte.written, byte.writer, byte.written_warp_time))
       race("written", address + i, shared, write, byte.writer);
     if (!shared && byte.written >= launch_began && byte.written < block_began)
@@ -335,6 +260,179 @@ void access(void* pointer, size_t size, bool write) {
   }
 }
 
+// ---- asynchronous copies ----
+
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned group;
+};
+std::vector<Copy> copies[kMaxThreads];  // that a thread has not waited for
+unsigned committed[kMaxThreads];
+
+void set_copying(void* to, bool copying) {
+  for (uintptr_t i = 0; i < 16; ++i) byte_at(reinterpret_cast<uintptr_t>(to) + i)->copying = copying;
+}
+
+void check_aligned(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16)
+    fault(cudaErrorLaunchFailure, "misaligned address: %#zx of 16 bytes", reinterpret_cast<size_t>(p));
+}
+
+}  // namespace
+
+void barrier(const char* file, int line) {
+  const Place place{file, line};
+  if (at_barrier == 0) barrier_place = place;
+  if (!(place == barrier_place))
+    fault(cudaErrorLaunchFailure, "divergent barrier: %s waits at %s, others at %s", thread_name(current).c_str(),
+          place_name(place).c_str(), place_name(barrier_place).c_str());
+  if (++at_barrier < thread_count) return wait(State::kAtBarrier, file, line);
+  at_barrier = 0;
+  ++now;
+  for (unsigned i = 0; i < thread_count; ++i) fibers[i].state = State::kReady;
+}
+
+void warp_barrier(unsigned mask, const char* file, int line) {
+  const unsigned warp = current / 32, before = warps[warp].operations;
+  meet(mask, file, line);
+  // Of some lanes only it orders too little to be counted on.
+  if ((mask & warps[warp].lanes) == warps[warp].lanes) warp_now[warp] = before + 1;
+}
+
+uint64_t exchange(unsigned mask, uint64_t value, int lane, const char* file, int line) {
+  const Gift* gifts = share(mask, {{value}}, file, line);
+  if (!(mask & warps[current / 32].lanes & 1u << lane))
+    fault(cudaErrorLaunchFailure, "%s:%d reads lane %d, which takes no part", file, line, lane);
+  return gifts[lane].words[0];
+}
+
+void load_matrices(bool transposed, unsigned* matrices, const void* row, const char* file, int line) {
+  check_aligned(row);
+  access(const_cast<void*>(row), 16, false);
+  Gift own{};
+  memcpy(&own, row, 16);
+  const Gift* rows = share(~0u, own, file, line);
+  const auto element = [&](unsigned matrix, unsigned r, unsigned column) {
+    uint16_t bits;
+    memcpy(&bits, reinterpret_cast<const char*>(&rows[matrix * 8 + r]) + 2 * column, 2);
+    return unsigned(bits);
+  };
+  const unsigned major = current % 32 / 4, minor = current % 4 * 2;
+  for (unsigned m = 0; m < 4; ++m)
+    matrices[m] = transposed ? element(m, minor, major) | element(m, minor + 1, major) << 16
+                             : element(m, major, minor) | element(m, major, minor + 1) << 16;
+}
+
+void multiply_add_matrices(float* sums, const float* values, const char* file, int line) {
+  Gift own;
+  static_assert(sizeof own == 12 * sizeof *values);
+  memcpy(&own, values, sizeof own);
+  const Gift* gifts = share(~0u, own, file, line);
+  const auto of_lane = [&](unsigned lane) { return reinterpret_cast<const float*>(&gifts[lane]); };
+  const unsigned row = current % 32 / 4, column = current % 4 * 2;
+  for (unsigned k = 0; k < 16; ++k) {
+    const unsigned lane = k % 8 / 2, element = k / 8 * 4 + k % 2;  // of a; b has no second half of rows
+    for (unsigned i = 0; i < 4; ++i)
+      sums[i] +=
+          of_lane(row * 4 + lane)[element + i / 2 * 2] * of_lane((column + i % 2) * 4 + lane)[8 + k / 8 * 2 + k % 2];
+  }
+}
+
+void start_copy(void* to, const void* from) {
+  check_aligned(to);
+  access(to, 16, true);
+  if (from) {
+    check_aligned(from);
+    access(const_cast<void*>(from), 16, false);
+  }
+  set_copying(to, true);
+  copies[current].push_back({to, from, committed[current]});
+}
+
+void commit_copies() { ++committed[current]; }
+
+void wait_for_copies(unsigned groups) {
+  auto& own = copies[current];
+  size_t done = 0;
+  for (; done < own.size() && own[done].group + groups < committed[current]; ++done) {
+    const Copy& copy = own[done];
+    set_copying(copy.to, false);
+    access(copy.to, 16, true);
+    if (copy.from)
+      memcpy(copy.to, copy.from, 16);
+    else
+      memset(copy.to, 0, 16);
+  }
+  own.erase(own.begin(), own.begin() + long(done));
+}
+
+void fault(cudaError_t kind, const char* format, ...) {
+  char text[1024];
+  va_list args;
+  va_start(args, format);
+  vsnprintf(text, sizeof text, format, args);
+  va_end(args);
+  error = kind;
+  error_text = std::string(text) + " (" + thread_name(current) + " of block " + std::to_string(context.block.x) + ")";
+  back_to_scheduler();
+  abort();  // the scheduler does not come back to this fiber
+}
+
+namespace {
+
+// ---- launches ----
+
+void make_fibers(unsigned count) {
+  if (!stacks)
+    stacks = static_cast<char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  for (unsigned i = 0; i < count; ++i) {
+    if (fibers[i].started) continue;
+    getcontext(&fibers[i].start);
+    fibers[i].start.uc_stack.ss_sp = stack_of(i);
+    fibers[i].start.uc_stack.ss_size = kStackBytes;
+    makecontext(&fibers[i].start, fiber_main, 0);
+  }
+}
+
+void run_block() {
+  block_began = ++now;
+  at_barrier = 0;
+  for (unsigned i = 0; i < thread_count; ++i) fibers[i].state = State::kReady;
+  for (unsigned w = 0; w * 32 < thread_count; ++w) {
+    const unsigned lanes = std::min(32u, thread_count - w * 32);
+    warps[w].lanes = lanes == 32 ? ~0u : (1u << lanes) - 1;
+    warps[w].arrived = warps[w].operations = warp_now[w] = 0;
+  }
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (unsigned i = 0; i < thread_count; ++i) {
+      if (fibers[i].state != State::kReady) continue;
+      progress = true;
+      resume(i);
+      if (error != cudaSuccess) return;
+    }
+  }
+  for (unsigned i = 0; i < thread_count; ++i) {
+    if (!copies[i].empty()) {
+      error = cudaErrorLaunchFailure;
+      error_text = "copy in flight: " + thread_name(i) + " has returned before its copies were done";
+      return;
+    }
+    if (fibers[i].state == State::kExited) continue;
+    const auto other = std::find_if(&fibers[0], &fibers[0] + thread_count,
+                                    [&](const Fiber& fiber) { return fiber.state != fibers[i].state; });
+    current = i;
+    error = cudaErrorLaunchFailure;
+    error_text = std::string("divergent ") + (fibers[i].state == State::kAtBarrier ? "barrier" : "warp operation") +
+                 ": " + thread_name(i) + " waits at " + place_name(fibers[i].waits_at) + " for others, and " +
+                 thread_name(unsigned(other - &fibers[0])) +
+                 (other->state == State::kExited ? " has returned" : " waits at " + place_name(other->waits_at));
+    return;
+  }
+}
+
 }  // namespace
 
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
@@ -356,8 +454,13 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& b
     context.block = dim3(block, 0, 0);
     run_block();
   }
-  if (error != cudaSuccess)  // the fibers are left in the middle of the kernel: they start anew
+  if (error != cudaSuccess) {  // the fibers are left in the middle of the kernel: they start anew
     for (Fiber& fiber : fibers) fiber.started = false;
+    for (auto& left : copies) {
+      for (const Copy& copy : left) set_copying(copy.to, false);
+      left.clear();
+    }
+  }
   return error;
 }
 

@@ -113,6 +113,81 @@ __global__ void misaligned(float* data) {
 }
 __global__ void device_assert(float* data) { FASTNN_DEVICE_ASSERT(data[threadIdx.x] < 63); }
 
+// Every warp copies 4 floats a thread into shared memory and reads them, or its other half's. kGroups: that may be
+// left.
+template <bool kCommit, int kGroups, bool kBarrier, int kDistance>
+__global__ void copy(float* data) {
+  using namespace fastnn::cuda;
+  __shared__ Pack<float, 4> packs[kThreads];
+  start_copy(&packs[threadIdx.x], data + threadIdx.x / 4 * 4, threadIdx.x % 4 == 0);
+  if (kCommit) commit_copies();
+  __syncthreads();
+  wait_for_copies<kGroups>();
+  if (kBarrier) __syncthreads();
+  const Pack<float, 4> pack = packs[threadIdx.x ^ kDistance];
+  __syncthreads();
+  float sum = 0;
+  for (float value : pack.values) sum += value;
+  packs[threadIdx.x].values[0] = sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int i = 1; i < kThreads; ++i) packs[0].values[0] += packs[i].values[0];
+  data[0] = packs[0].values[0];
+}
+
+__global__ void copy_over_what_is_read(float* data) {
+  __shared__ fastnn::cuda::Pack<float, 4> packs[kThreads];
+  packs[threadIdx.x].values[0] = data[threadIdx.x];
+  __syncthreads();
+  data[threadIdx.x] = packs[threadIdx.x ^ 1].values[0];
+  fastnn::cuda::start_copy(&packs[threadIdx.x], data, false);
+  fastnn::cuda::commit_copies();
+  fastnn::cuda::wait_for_copies<0>();
+}
+
+__global__ void copy_left_behind(float* data) {
+  __shared__ fastnn::cuda::Pack<float, 4> packs[kThreads];
+  fastnn::cuda::start_copy(&packs[threadIdx.x], data, true);
+  fastnn::cuda::commit_copies();
+}
+
+__global__ void misaligned_copy(float* data) {
+  __shared__ fastnn::cuda::Pack<float, 4> packs[kThreads];
+  fastnn::cuda::start_copy(&packs[threadIdx.x], data + 1, true);
+}
+
+// Whether 16 x 16 times 16 x 8, written row by row, is what a plain loop makes of it: the sum of data, or something
+// else.
+template <bool kAll>
+__global__ void multiply(float* data) {
+  using namespace fastnn::cuda;
+  __shared__ Pack<bf16, 8> a[16][2], b[16];
+  const auto value = [](int row, int column) { return float((row * 5 + column * 3) % 7 - 3); };
+  if (threadIdx.x < 16)
+    for (int c = 0; c < 16; ++c) {
+      a[threadIdx.x][c / 8].values[c % 8] = narrow<bf16>(value(int(threadIdx.x), c));
+      if (c < 8) b[threadIdx.x].values[c] = narrow<bf16>(value(int(threadIdx.x) + 1, c));
+    }
+  __syncthreads();
+  const int lane = int(threadIdx.x) % 32;
+  unsigned of_a[4], of_b[4];
+  load_matrices<false>(of_a, &a[lane % 16][lane / 16]);
+  load_matrices<true>(of_b, &b[lane % 16]);
+  float sums[4] = {};
+  if (kAll || lane > 0) multiply_add_matrices<bf16>(sums, of_a, of_b);
+  bool right = true;
+  for (int i = 0; i < 4; ++i) {
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) sum += value(lane / 4 + i / 2 * 8, k) * value(k + 1, lane % 4 * 2 + i % 2);
+    right = right && sum == sums[i];
+  }
+  if (right) data[threadIdx.x] = 0;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int i = 1; i < kThreads; ++i) data[0] += data[i];
+  if (threadIdx.x == 0 && data[0] == 0) data[0] = kThreads * (kThreads - 1) / 2;
+}
+
 struct Case {
   const char* name;
   void (*kernel)(float*);
@@ -122,6 +197,16 @@ const Case kCases[] = {
     {"right warp sum", right_warp_sum},
     {"right exchange in warp", exchange<1, true>},
     {"right neighbours", right_neighbours},
+    {"right sum of copies", copy<true, 0, true, 32>},
+    {"right sum of copies in thread", copy<true, 0, false, 0>},
+    {"right sum of matrices", multiply<true>},
+    {"no commit", copy<false, 0, true, 32>},
+    {"no wait", copy<true, 1, true, 32>},
+    {"no barrier after wait", copy<true, 0, false, 32>},
+    {"copy over what is read", copy_over_what_is_read},
+    {"copy left behind", copy_left_behind},
+    {"misaligned copy", misaligned_copy},
+    {"matrices in branch", multiply<false>},
     {"no first barrier", sum<false, true>},
     {"no other barriers", sum<true, false>},
     {"no warp barrier", exchange<1, false>},

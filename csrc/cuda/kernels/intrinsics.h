@@ -57,4 +57,51 @@ __device__ inline float exp_nonpositive(float x) {
   return result;
 }
 
+// ---- shared memory and matrix units ----
+
+// Starts a copy of 16 bytes from global into shared memory; of zeros, reading nothing, if not `valid`. It has happened
+// once the thread has waited for the group that it committed it to; for other threads, after a barrier behind that.
+__device__ inline void start_copy(void* shared, const void* global, bool valid) {
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all groups of this thread's copies but the last kGroups.
+template <int kGroups>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. It gets, of each, the
+// elements 2 (l % 4) and its right neighbour of row l / 4; transposed, of column l / 4.
+template <bool kTransposed>
+__device__ inline void load_matrices(unsigned (&matrices)[4], const void* row) {
+  const unsigned from = unsigned(__cvta_generic_to_shared(row));
+  if (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(from)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+// sums (16 x 8) += a (16 x 16, as its four 8 x 8 matrices, column by column) * b (16 x 8, as its two).
+template <class T>
+__device__ inline void multiply_add_matrices(float (&sums)[4], const unsigned (&a)[4], const unsigned* b);
+#define FASTNN_MULTIPLY_ADD(T, name)                                                                             \
+  template <>                                                                                                    \
+  __device__ inline void multiply_add_matrices<T>(float (&sums)[4], const unsigned (&a)[4], const unsigned* b) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                                   \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                   \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                     \
+  }
+FASTNN_MULTIPLY_ADD(bf16, "bf16")
+FASTNN_MULTIPLY_ADD(f16, "f16")
+#undef FASTNN_MULTIPLY_ADD
+
 }  // namespace fastnn::cuda

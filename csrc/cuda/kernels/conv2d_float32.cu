@@ -1,0 +1,8 @@
+// The matrix products of conv2d_gemm.h in float32.
+#include "cuda/kernels/conv2d_gemm.h"
+
+namespace fastnn::cuda {
+
+FASTNN_CONV_TILES(, float)
+
+}  // namespace fastnn::cuda

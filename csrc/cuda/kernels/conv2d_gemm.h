@@ -1,0 +1,550 @@
+// The convolution and its gradient with respect to the weight as matrix products of tiles in shared memory.
+//
+//   conv_kernel         results[position, result] = sum over (tap, channel) of source[position, tap, channel] *
+//                       weight[result, tap, channel]
+//   grad_weight_kernel  grad_weight[tap, channel, result] = sum over positions of source[position, tap, channel] *
+//                       grad[position, result]
+// The source is never unfolded in memory: a loader finds the elements of a tile of it, of which a row is a position and
+// a column a tap and channel. The same loader serves both products, and the second operand of grad_weight_kernel, which
+// is a source with one tap; the weight has been packed to rows over (tap, channel).
+//
+// Blocking: a block has kM x kN sums, in registers, and walks along what is summed over in steps of 64 bytes a row
+// (grad_weight_kernel: as many positions), through a ring of kStages pairs of tiles. While one is multiplied, kStages -
+// 1 are on their way, by asynchronous 16-byte copies where the source is plain and its channels are neighbours in
+// memory (channels_last). Where a gradient is masked by a ReLU or a max-pool, or channels are no neighbours (NCHW:
+// positions are), one step is on its way in registers, which turns 16 bytes of channels at a time: memory is read along
+// whichever runs through it. Chunks of 16 bytes are swizzled, so that eight rows' chunks, and a row's eight, lie in all
+// banks. 16-bit types multiply on the matrix units, m16n8k16 with float sums, a warp 64 x 32; float and double in
+// registers, a thread 8 x 8 and 4 x 4. Operations: 2 * positions * results * taps * channels, rounded up to tiles.
+// Bytes: a tile of the source is read once for every kN results, taps and neighbouring blocks from the caches; the
+// results are written once, through shared memory so that they are written along memory, too.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/kernels/conv2d_pixels.h"
+
+namespace fastnn::cuda {
+
+constexpr int kStages = 3;
+
+// How a tile of a source is read.
+enum class Access {
+  kCopies,          // asynchronous copies of 16 bytes: channels are neighbours, and no mask
+  kPacks,           // 16 bytes of channels through registers, which may be masked
+  kElements,        // element by element, neighbouring positions by neighbouring threads, and no mask
+  kMaskedElements,  // the same, with or without
+};
+
+// ---- tiles ----
+
+template <class T, int kRows, int kColumns>
+struct SharedTile {
+  static constexpr int kElements = kPackElements<T>, kChunks = kColumns / kElements;
+  static_assert(kChunks == 4 || kChunks % 8 == 0);
+  Pack<T, kElements> chunks[kRows * kChunks];
+
+  __device__ Pack<T, kElements>& chunk(int row, int index) {
+    return chunks[row * kChunks + (kChunks == 4 ? index ^ (row >> 1 & 3) : index ^ (row & 7))];
+  }
+  __device__ T& at(int row, int column) { return chunk(row, column / kElements).values[column % kElements]; }
+};
+
+// What a block computes at once, and with how many threads.
+template <class T, int kM_, int kN_>
+struct Shape {
+  using Element = T;
+  static constexpr int kM = kM_, kN = kN_, kDepth = 64 / sizeof(T);
+  static constexpr bool kMatrixUnits = sizeof(T) == 2;
+  static constexpr int kThreads = kMatrixUnits ? kM / 64 * (kN / 32) * 32 : 128;
+};
+
+// ---- loaders ----
+
+// A tile of a source, kRows positions x kColumns entries (taps and channels).
+template <class T, int kRows, int kColumns, int kThreads, Access kAccess>
+class PixelLoader {
+ public:
+  using Tile = SharedTile<T, kRows, kColumns>;
+
+  // first_channel: of the group.
+  __device__ PixelLoader(const Source& source, const Taps& taps, int first_channel)
+      : source_(source), taps_(taps), first_channel_(first_channel) {}
+
+  template <class PositionOf>
+  __device__ void set_positions(const PositionOf& position_of) {
+#pragma unroll
+    for (int u = 0; u < kOwn; ++u) {
+      positions_[u] = position_of(row_of(u));
+      positions_[u].row = taps_.rows.first + positions_[u].row * taps_.rows.step;
+      positions_[u].col = taps_.cols.first + positions_[u].col * taps_.cols.step;
+    }
+  }
+  __device__ void set_entries(int first) {
+#pragma unroll
+    for (int u = 0; u < kOwn; ++u) {
+      indices_[u] = first + chunk_of(u) * N;
+      entries_[u] = entry_of(taps_, indices_[u]);
+    }
+  }
+  // Starts to load; the tile is complete once `finish` has been called and its copies have been waited for.
+  __device__ void start(Tile& tile) {
+#pragma unroll
+    for (int u = 0; u < kOwn; ++u) {
+      if constexpr (kAccess == Access::kCopies) {
+        const int row = row_at(u, entries_[u]), col = col_at(u, entries_[u]);
+        const bool valid = has(u, indices_[u], row, col);
+        const int64_t at = valid ? offset(source_.stride, positions_[u].n, channel(entries_[u]), row, col) : 0;
+        start_copy(&tile.chunk(row_of(u), chunk_of(u)), static_cast<const T*>(source_.data) + at, valid);
+      } else {
+        packs_[u] = load(u);
+      }
+    }
+  }
+  __device__ void finish(Tile& tile) const {
+    if constexpr (kAccess != Access::kCopies) {
+#pragma unroll
+      for (int u = 0; u < kOwn; ++u) tile.chunk(row_of(u), chunk_of(u)) = packs_[u];
+    }
+  }
+
+ private:
+  static constexpr int N = Tile::kElements, kOwn = kRows * Tile::kChunks / kThreads;
+  // Threads that are neighbours take chunks that are neighbours in memory: of a row, or of a column.
+  static constexpr bool kAlongRows = kAccess == Access::kCopies || kAccess == Access::kPacks;
+  static constexpr bool kMasked = kAccess == Access::kPacks || kAccess == Access::kMaskedElements;
+  static_assert(kAlongRows ? kThreads % Tile::kChunks == 0 : kThreads % kRows == 0);
+
+  __device__ static int row_of(int u) {
+    return kAlongRows ? int(threadIdx.x) / Tile::kChunks + u * (kThreads / Tile::kChunks) : int(threadIdx.x) % kRows;
+  }
+  __device__ static int chunk_of(int u) {
+    return kAlongRows ? int(threadIdx.x) % Tile::kChunks : int(threadIdx.x) / kRows + u * (kThreads / kRows);
+  }
+  __device__ int row_at(int u, const Entry& entry) const { return positions_[u].row + entry.i * taps_.rows.tap; }
+  __device__ int col_at(int u, const Entry& entry) const { return positions_[u].col + entry.j * taps_.cols.tap; }
+  __device__ int channel(const Entry& entry) const { return first_channel_ + entry.channel; }
+  __device__ bool has(int u, int index, int row, int col) const {
+    return positions_[u].n >= 0 && index < taps_.depth && source_.has(row, col);
+  }
+
+  __device__ Pack<T, N> load(int u) const {
+    if (kAlongRows || taps_.channels % N == 0) return load_tap<N, kAlongRows>(u, indices_[u], entries_[u]);
+    Pack<T, N> pack = {};
+    if constexpr (!kAlongRows) {
+#pragma unroll(kMasked ? 1 : N)
+      for (int e = 0; e < N; ++e) {
+        // `e` must not index registers.
+#pragma unroll
+        for (int i = 1; i < N; ++i) pack.values[i - 1] = pack.values[i];
+        const int index = indices_[u] + e;
+        pack.values[N - 1] = load_tap<1, false>(u, index, entry_of(taps_, index)).values[0];
+      }
+    }
+    return pack;
+  }
+  // Channels of one tap.
+  template <int kCount, bool kNeighbours>
+  __device__ Pack<T, kCount> load_tap(int u, int index, const Entry& entry) const {
+    const int row = row_at(u, entry), col = col_at(u, entry);
+    if (!has(u, index, row, col)) return {};
+    return load_pixel<T, kCount, kNeighbours, kMasked>(source_, positions_[u].n, channel(entry), row, col);
+  }
+
+  const Source& source_;
+  const Taps& taps_;
+  int first_channel_;
+  Position positions_[kOwn];  // where tap (0, 0) is
+  int indices_[kOwn];
+  Entry entries_[kOwn];
+  Pack<T, N> packs_[kOwn];
+};
+
+// A tile of the packed weight, kRows results x kColumns entries: rows of `depth` entries, a multiple of kColumns.
+template <class T, int kRows, int kColumns, int kThreads>
+class WeightLoader {
+ public:
+  using Tile = SharedTile<T, kRows, kColumns>;
+
+  // first: the first result's row, of `rows` that there are.
+  __device__ WeightLoader(const T* first, int rows, int depth) : first_(first), rows_(rows), depth_(depth) {}
+  __device__ void start(Tile& tile, int first_entry) const {
+#pragma unroll
+    for (int u = 0; u < kRows * Tile::kChunks / kThreads; ++u) {
+      const int row = int(threadIdx.x) / Tile::kChunks + u * (kThreads / Tile::kChunks);
+      const int chunk = int(threadIdx.x) % Tile::kChunks;
+      const bool valid = row < rows_;
+      const int64_t at = valid ? int64_t(row) * depth_ + first_entry + chunk * Tile::kElements : 0;
+      start_copy(&tile.chunk(row, chunk), first_ + at, valid);
+    }
+  }
+
+ private:
+  const T* first_;
+  int rows_, depth_;
+};
+
+// ---- products ----
+
+// A block's kM x kN sums of products. Thread t has kI x kJ of them, at rows m_of(i) and columns n_of(j).
+// kAcross: the tiles have what is summed over as their rows, not as their columns.
+template <class Shape, bool kAcross>
+class PlainSums {
+  using T = typename Shape::Element;
+  static constexpr int N = kPackElements<T>, kThreadsM = 16, kThreadsN = 8;
+
+ public:
+  static constexpr int kI = Shape::kM / kThreadsM, kJ = Shape::kN / kThreadsN;
+
+  __device__ static int m_of(int i) { return spread<kThreadsM>(int(threadIdx.x) / kThreadsN, i); }
+  __device__ static int n_of(int j) { return spread<kThreadsN>(int(threadIdx.x) % kThreadsN, j); }
+  __device__ Accumulator<T>& at(int i, int j) { return sums_[i][j]; }
+
+  template <class TileA, class TileB>
+  __device__ void add(TileA& a, TileB& b) {
+    const int tm = int(threadIdx.x) / kThreadsN, tn = int(threadIdx.x) % kThreadsN;
+    if constexpr (kAcross) {
+#pragma unroll 4
+      for (int k = 0; k < Shape::kDepth; ++k) {
+        Pack<T, N> pa[kI / N], pb[kJ / N];
+#pragma unroll
+        for (int i = 0; i < kI / N; ++i) pa[i] = a.chunk(k, tm + i * kThreadsM);
+#pragma unroll
+        for (int j = 0; j < kJ / N; ++j) pb[j] = b.chunk(k, tn + j * kThreadsN);
+#pragma unroll
+        for (int i = 0; i < kI; ++i)
+#pragma unroll
+          for (int j = 0; j < kJ; ++j) sums_[i][j] += pa[i / N].values[i % N] * pb[j / N].values[j % N];
+      }
+    } else {
+#pragma unroll 1
+      for (int c = 0; c < Shape::kDepth / N; ++c) {
+        Pack<T, N> pa[kI];
+#pragma unroll
+        for (int i = 0; i < kI; ++i) pa[i] = a.chunk(tm + i * kThreadsM, c);
+#pragma unroll
+        for (int j = 0; j < kJ; ++j) {
+          const Pack<T, N> pb = b.chunk(tn + j * kThreadsN, c);
+#pragma unroll
+          for (int i = 0; i < kI; ++i)
+#pragma unroll
+            for (int e = 0; e < N; ++e) sums_[i][j] += pa[i].values[e] * pb.values[e];
+        }
+      }
+    }
+  }
+
+ private:
+  template <int kOf>
+  __device__ static int spread(int thread, int i) {
+    return kAcross ? (thread + i / N * kOf) * N + i % N : thread + i * kOf;
+  }
+
+  Accumulator<T> sums_[kI][kJ] = {};
+};
+
+// The same on the matrix units: a warp has 64 x 32, as 4 x 4 products of 16 x 8.
+template <class Shape, bool kAcross>
+class MatrixSums {
+  using T = typename Shape::Element;
+  static constexpr int kWarpsM = Shape::kM / 64;
+
+ public:
+  static constexpr int kI = 8, kJ = 8;
+
+  __device__ static int m_of(int i) { return first_m() + i / 2 * 16 + i % 2 * 8 + int(threadIdx.x) % 32 / 4; }
+  __device__ static int n_of(int j) { return first_n() + j / 2 * 8 + int(threadIdx.x) % 4 * 2 + j % 2; }
+  __device__ float& at(int i, int j) { return sums_[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+
+  template <class TileA, class TileB>
+  __device__ void add(TileA& a, TileB& b) {
+    // The 8 x 8 matrices of 16 x 16 operands: of a, one of 4 x 4 products of 16 x 8 needs all, rows first; of b one
+    // needs the first two, of which the second is further along what is summed over.
+    const int lane = int(threadIdx.x) % 32, within = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < Shape::kDepth; k += 16) {
+      unsigned of_a[4][4], of_b[2][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) load<kAcross>(of_a[i], a, first_m() + i * 16 + second, k + third, within);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) load<kAcross>(of_b[j], b, first_n() + j * 16 + third, k + second, within);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) multiply_add_matrices<T>(sums_[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
+    }
+  }
+
+ private:
+  __device__ static int first_m() { return int(threadIdx.x) / 32 % kWarpsM * 64; }
+  __device__ static int first_n() { return int(threadIdx.x) / 32 / kWarpsM * 32; }
+
+  // The lane's matrix begins at `outer` of the product's rows or columns and at `k` of what is summed over.
+  template <bool kTransposed, class Tile>
+  __device__ static void load(unsigned (&matrices)[4], Tile& tile, int outer, int k, int within) {
+    load_matrices<kTransposed>(matrices,
+                               kTransposed ? &tile.chunk(k + within, outer / 8) : &tile.chunk(outer + within, k / 8));
+  }
+
+  float sums_[4][4][4] = {};
+};
+
+template <class Shape, bool kAcross>
+using Sums = std::conditional_t<Shape::kMatrixUnits, MatrixSums<Shape, kAcross>, PlainSums<Shape, kAcross>>;
+
+template <class TileA, class TileB>
+struct Stage {
+  TileA a;
+  TileB b;
+};
+
+// The main loop. start(step, stage) starts to load a step's tiles, and finish(stage) stores what went to registers.
+template <class Stage, class Sums, class Start, class Finish>
+__device__ void multiply(Stage (&stages)[kStages], Sums& sums, int steps, const Start& start, const Finish& finish) {
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < steps) {
+      start(step, stages[step]);
+      finish(stages[step]);
+    }
+    commit_copies();
+  }
+  int now = 0, next = kStages - 1;
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // all threads' copies of this step are there, and stage `next` has been multiplied
+    const bool more = step + kStages - 1 < steps;
+    if (more) start(step + kStages - 1, stages[next]);
+    commit_copies();
+    sums.add(stages[now].a, stages[now].b);
+    if (more) finish(stages[next]);
+    now = now + 1 < kStages ? now + 1 : 0;
+    next = next + 1 < kStages ? next + 1 : 0;
+  }
+}
+
+// ---- the convolution ----
+
+struct ConvArgs {
+  ConvProblem problem;
+  Source source;
+  Taps taps;
+  Positions positions;  // of results, or of windows where they are pooled
+  const void* weight;   // packed
+  int packed_depth;
+  Divisor window = {}, window_cols = {};  // elements, and columns, of a max-pool's window
+  int tile_windows = 0;                   // that a tile has
+  bool channels_adjacent = false;         // results can be written in packs
+};
+
+// The position whose result is row `m` of a tile: with a max-pool, an element of a window.
+__device__ inline Position position_of(const ConvArgs& args, const PositionsFrom& positions, int m) {
+  if (!args.problem.pool_code) return positions[m];
+  const int window = divide_off(m, args.window);
+  if (window >= args.tile_windows) return {-1, 0, 0};
+  Position p = positions[window];
+  p.row = p.row * int(args.problem.pool.stride_h) + divide_off(m, args.window_cols);
+  p.col = p.col * int(args.problem.pool.stride_w) + m;
+  return p;
+}
+
+// Writes a tile of results, in the order in which they lie in memory.
+template <class Shape, class Tile>
+__device__ void write_results(const ConvArgs& args, Tile& results, const PositionsFrom& positions, int first_channel,
+                              int channels) {
+  using T = typename Shape::Element;
+  constexpr int N = kPackElements<T>, kChunks = Shape::kN / N;
+  T* const result = static_cast<T*>(args.problem.result);
+  const auto at = [&](const Position& p, int n) {
+    return offset(args.problem.result_stride, p.n, first_channel + n, p.row, p.col);
+  };
+  if (args.problem.pool_code) {
+    const int windows = args.tile_windows;
+    for (int index = int(threadIdx.x); index < windows * Shape::kN; index += Shape::kThreads) {
+      const int window = args.channels_adjacent ? index / Shape::kN : index % windows;
+      const int n = args.channels_adjacent ? index % Shape::kN : index / windows;
+      const Position p = positions[window];
+      if (p.n < 0 || n >= channels) continue;
+      const int elements = int(args.window.divisor);
+      const auto top =
+          maximum_of<Accumulator<T>>(elements, [&](int e) { return widen(results.at(window * elements + e, n)); });
+      result[at(p, n)] = narrow<T>(top.value);
+      args.problem.pool_code[at(p, n)] = top.code;
+    }
+  } else if (args.channels_adjacent) {
+    for (int index = int(threadIdx.x); index < Shape::kM * kChunks; index += Shape::kThreads) {
+      const int m = index / kChunks, chunk = index % kChunks;
+      const Position p = positions[m];
+      if (p.n >= 0 && chunk * N < channels) store_pack(result + at(p, chunk * N), results.chunk(m, chunk));
+    }
+  } else {
+    const int m = int(threadIdx.x) % Shape::kM;
+    const Position p = positions[m];
+    if (p.n < 0) return;
+    for (int n = int(threadIdx.x) / Shape::kM; n < channels && n < Shape::kN; n += Shape::kThreads / Shape::kM)
+      result[at(p, n)] = results.at(m, n);
+  }
+}
+
+template <class Shape, Access kAccess>
+__global__ void __launch_bounds__(Shape::kThreads, kAccess == Access::kCopies ? 2 : 1)
+    conv_kernel(const __grid_constant__ ConvArgs args) {
+  using T = typename Shape::Element;
+  using Pixels = PixelLoader<T, Shape::kM, Shape::kDepth, Shape::kThreads, kAccess>;
+  using Weights = WeightLoader<T, Shape::kN, Shape::kDepth, Shape::kThreads>;
+  __shared__ union {
+    Stage<typename Pixels::Tile, typename Weights::Tile> stages[kStages];
+    SharedTile<T, Shape::kM, Shape::kN> results;
+  } shared;
+
+  // Neighbouring blocks read the same positions.
+  const ConvProblem& problem = args.problem;
+  const unsigned column_tiles = unsigned(problem.group_results + Shape::kN - 1) / Shape::kN;
+  const unsigned rest = blockIdx.x / column_tiles;
+  const int first_n = int(blockIdx.x % column_tiles) * Shape::kN, group = int(rest % unsigned(problem.groups));
+  const int64_t tile = rest / unsigned(problem.groups);
+  const int first_result = group * problem.group_results + first_n, results = problem.group_results - first_n;
+
+  const PositionsFrom positions(args.positions, tile * (problem.pool_code ? args.tile_windows : Shape::kM));
+  Pixels pixels(args.source, args.taps, group * problem.group_channels);
+  pixels.set_positions([&](int m) { return position_of(args, positions, m); });
+  const Weights weights(static_cast<const T*>(args.weight) + int64_t(first_result) * args.packed_depth, results,
+                        args.packed_depth);
+  Sums<Shape, false> sums;
+  multiply(
+      shared.stages, sums, args.packed_depth / Shape::kDepth,
+      [&](int step, auto& stage) {
+        pixels.set_entries(step * Shape::kDepth);
+        pixels.start(stage.a);
+        weights.start(stage.b, step * Shape::kDepth);
+      },
+      [&](auto& stage) { pixels.finish(stage.a); });
+  __syncthreads();  // the results take the tiles' memory
+
+#pragma unroll
+  for (int j = 0; j < sums.kJ; ++j) {
+    Accumulator<T> bias = 0;
+    if (problem.bias && sums.n_of(j) < results)
+      bias = widen(static_cast<const T*>(problem.bias)[(first_result + sums.n_of(j)) * problem.bias_stride]);
+#pragma unroll
+    for (int i = 0; i < sums.kI; ++i) {
+      Accumulator<T> value = sums.at(i, j) + bias;
+      if (problem.relu && value < 0) value = 0;
+      shared.results.at(sums.m_of(i), sums.n_of(j)) = narrow<T>(value);
+    }
+  }
+  __syncthreads();
+  write_results<Shape>(args, shared.results, positions, first_result, results);
+}
+
+// ---- the gradient of the weight ----
+
+struct GradWeightArgs {
+  GradWeightProblem problem;
+  Source source, grad;
+  Taps taps, grad_taps;
+  Positions positions;
+  int slice_steps;  // of a slice of the positions, which a block sums over
+  void* partials;   // slices x groups x depth x group_results
+};
+
+template <class Shape, Access kAccess, Access kGradAccess>
+__global__ void __launch_bounds__(Shape::kThreads, 1) grad_weight_kernel(const __grid_constant__ GradWeightArgs args) {
+  using T = typename Shape::Element;
+  using Pixels = PixelLoader<T, Shape::kDepth, Shape::kM, Shape::kThreads, kAccess>;
+  using Grads = PixelLoader<T, Shape::kDepth, Shape::kN, Shape::kThreads, kGradAccess>;
+  __shared__ Stage<typename Pixels::Tile, typename Grads::Tile> stages[kStages];
+
+  const int depth = args.taps.depth, group_results = args.problem.group_results;
+  const unsigned column_tiles = unsigned(group_results + Shape::kN - 1) / Shape::kN;
+  const unsigned row_tiles = unsigned(depth + Shape::kM - 1) / Shape::kM, groups = unsigned(args.problem.groups);
+  unsigned rest = blockIdx.x / column_tiles;
+  const int first_n = int(blockIdx.x % column_tiles) * Shape::kN, first_m = int(rest % row_tiles) * Shape::kM;
+  rest /= row_tiles;
+  const int group = int(rest % groups);
+  const int64_t slice = rest / groups, slice_positions = int64_t(args.slice_steps) * Shape::kDepth;
+
+  Pixels pixels(args.source, args.taps, group * args.problem.group_channels);
+  Grads grads(args.grad, args.grad_taps, group * group_results);
+  pixels.set_entries(first_m);
+  grads.set_entries(first_n);
+  const PositionsFrom positions(args.positions, slice * slice_positions);
+  const int64_t left = args.positions.count - slice * slice_positions, most = args.slice_steps;
+  const int64_t left_steps = (left + Shape::kDepth - 1) / Shape::kDepth;
+  Sums<Shape, true> sums;
+  multiply(
+      stages, sums, int(left_steps < most ? left_steps : most),
+      [&](int step, auto& stage) {
+        const auto position = [&](int row) { return positions[step * Shape::kDepth + row]; };
+        pixels.set_positions(position);
+        pixels.start(stage.a);
+        grads.set_positions(position);
+        grads.start(stage.b);
+      },
+      [&](auto& stage) {
+        pixels.finish(stage.a);
+        grads.finish(stage.b);
+      });
+
+  auto* partials = static_cast<Accumulator<T>*>(args.partials) + (slice * groups + group) * depth * group_results;
+#pragma unroll
+  for (int i = 0; i < sums.kI; ++i)
+#pragma unroll
+    for (int j = 0; j < sums.kJ; ++j) {
+      const int m = first_m + sums.m_of(i), n = first_n + sums.n_of(j);
+      if (m < depth && n < group_results) partials[int64_t(m) * group_results + n] = sums.at(i, j);
+    }
+}
+
+// ---- launches ----
+
+// The sums of a block, by the size of an element.
+constexpr int tile_rows(size_t element) { return element == 8 ? 64 : 128; }
+constexpr int tile_columns(size_t element, int results) {
+  return element == 8 ? 32 : element == 4 || results <= 64 ? 64 : 128;
+}
+constexpr int64_t kStepBytes = 64;
+
+// Calls f(Shape of T for so many results).
+template <class T, class F>
+cudaError_t with_shape(int results, const F& f) {
+  if constexpr (sizeof(T) == 2)
+    if (tile_columns(sizeof(T), results) == 128) return f(Shape<T, tile_rows(sizeof(T)), 128>{});
+  return f(Shape<T, tile_rows(sizeof(T)), tile_columns(sizeof(T), 1)>{});
+}
+
+template <class T>
+cudaError_t launch_conv_tiles(const ConvArgs& args, Access access, cudaStream_t stream) {
+  return with_shape<T>(args.problem.group_results, [&](auto shape) {
+    using S = decltype(shape);
+    const int64_t rows = args.problem.pool_code ? args.tile_windows : S::kM;
+    const int64_t blocks =
+        ceil_div(args.positions.count, rows) * args.problem.groups * ceil_div(args.problem.group_results, S::kN);
+    if constexpr (sizeof(T) < 8) {
+      if (access == Access::kCopies) return launch(conv_kernel<S, Access::kCopies>, blocks, S::kThreads, stream, args);
+      if (access == Access::kPacks) return launch(conv_kernel<S, Access::kPacks>, blocks, S::kThreads, stream, args);
+    }
+    if (access == Access::kElements)
+      return launch(conv_kernel<S, Access::kElements>, blocks, S::kThreads, stream, args);
+    return launch(conv_kernel<S, Access::kMaskedElements>, blocks, S::kThreads, stream, args);
+  });
+}
+
+template <class T>
+cudaError_t launch_grad_weight_tiles(const GradWeightArgs& args, int64_t slices, bool packs, cudaStream_t stream) {
+  return with_shape<T>(args.problem.group_results, [&](auto shape) {
+    using S = decltype(shape);
+    const int64_t blocks =
+        slices * args.problem.groups * ceil_div(args.taps.depth, S::kM) * ceil_div(args.problem.group_results, S::kN);
+    if constexpr (sizeof(T) < 8)
+      if (packs)
+        return launch(grad_weight_kernel<S, Access::kCopies, Access::kPacks>, blocks, S::kThreads, stream, args);
+    return launch(grad_weight_kernel<S, Access::kElements, Access::kMaskedElements>, blocks, S::kThreads, stream, args);
+  });
+}
+
+// In a file for each type, so that they compile side by side.
+#define FASTNN_CONV_TILES(prefix, T)                                                       \
+  prefix template cudaError_t launch_conv_tiles<T>(const ConvArgs&, Access, cudaStream_t); \
+  prefix template cudaError_t launch_grad_weight_tiles<T>(const GradWeightArgs&, int64_t, bool, cudaStream_t);
+
+}  // namespace fastnn::cuda

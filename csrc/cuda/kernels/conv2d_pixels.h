@@ -1,0 +1,174 @@
+// How the convolution kernels find and read the elements of a ConvSource.
+#pragma once
+
+#include "cuda/kernels/conv2d.h"
+#include "cuda/kernels/launch.h"
+
+namespace fastnn::cuda {
+
+// Division by a number that the host knows, as a multiplication where the dividend has 31 bits.
+struct Divisor {
+  uint32_t divisor = 1, magic = 1, shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(int64_t d) : divisor(uint32_t(d)) {
+    while (int64_t(1) << shift < d) ++shift;
+    magic = uint32_t(((int64_t(1) << 32) * ((int64_t(1) << shift) - d)) / d + 1);
+  }
+  __device__ int divide(int n) const {
+    return int((uint32_t(uint64_t(uint32_t(n)) * magic >> 32) + uint32_t(n)) >> shift);
+  }
+  __device__ int64_t divide(int64_t n) const { return n >> 31 ? n / divisor : divide(int(n)); }
+};
+
+// n / d, leaving the remainder in n.
+template <class Number>
+__device__ inline Number divide_off(Number& n, const Divisor& d) {
+  const Number whole = d.divide(n), rest = n - whole * Number(d.divisor);
+  n = rest;
+  return whole;
+}
+
+struct Position {
+  int64_t n;  // -1: none
+  int row, col;
+};
+
+// The positions of `batch` planes, row by row.
+struct Positions {
+  int64_t count = 0;
+  Divisor cols, plane;
+
+  Positions() = default;
+  Positions(int64_t batch, int64_t rows, int64_t columns)
+      : count(batch * rows * columns), cols(columns), plane(rows * columns) {}
+};
+
+// Those from `first` on, which are numbered in 31 bits.
+class PositionsFrom {
+ public:
+  __device__ PositionsFrom(const Positions& positions, int64_t first) : positions_(positions) {
+    const int64_t left = positions.count - first;
+    left_ = left < INT_MAX ? int(left) : INT_MAX;
+    n_ = divide_off(first, positions.plane);
+    rest_ = int(first);
+  }
+  __device__ Position operator[](int index) const {
+    if (index >= left_) return {-1, 0, 0};
+    int col = rest_ + index;
+    const int n = divide_off(col, positions_.plane), row = divide_off(col, positions_.cols);
+    return {n_ + n, row, col};
+  }
+
+ private:
+  const Positions& positions_;
+  int64_t n_;  // the plane of the first, and where in it
+  int rest_, left_;
+};
+
+// What is summed over: the taps, row by row, and of each the channels.
+struct Taps {
+  Reach rows, cols;
+  int channels, depth;
+  Divisor by_channels, by_cols;
+
+  explicit Taps(const ConvGeometry& g)
+      : rows(g.rows),
+        cols(g.cols),
+        channels(g.group_channels),
+        depth(g.rows.taps * g.cols.taps * g.group_channels),
+        by_channels(channels),
+        by_cols(g.cols.taps > 0 ? g.cols.taps : 1) {}
+};
+
+struct Entry {
+  int channel, i, j;  // of taps (i, j)
+};
+__device__ inline Entry entry_of(const Taps& taps, int index) {
+  int tap = divide_off(index, taps.by_channels);
+  const int i = divide_off(tap, taps.by_cols);
+  return {index, i, tap};
+}
+
+struct Source : ConvSource {
+  Divisor pool_rows, pool_cols;
+
+  explicit Source(const ConvSource& s) : ConvSource(s), pool_rows(s.pool.stride_h), pool_cols(s.pool.stride_w) {}
+  __device__ bool has(int row, int col) const {
+    return unsigned(row) < unsigned(height) && unsigned(col) < unsigned(width);
+  }
+};
+
+__device__ inline int64_t offset(const Strides4& s, int64_t n, int channel, int row, int col) {
+  return n * s.n + channel * s.c + row * s.h + col * s.w;
+}
+
+// N channels: neighbours in memory, or single elements.
+template <int N, bool kNeighbours, class T>
+__device__ Pack<T, N> load_channels(const T* first, int64_t stride) {
+  Pack<T, N> pack;
+  if constexpr (kNeighbours) {
+    pack = load_pack<N>(first);
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; ++e) pack.values[e] = first[e * stride];
+  }
+  return pack;
+}
+
+// N channels of a source at a place that it has. kMasked: it may have been masked by a ReLU or a max-pool.
+template <class T, int N, bool kNeighbours, bool kMasked>
+__device__ Pack<T, N> load_pixel(const Source& s, int64_t n, int channel, int row, int col) {
+  const T* data = static_cast<const T*>(s.data);
+  if (!kMasked || !s.pool_code) {
+    Pack<T, N> pack = load_channels<N, kNeighbours>(data + offset(s.stride, n, channel, row, col), s.stride.c);
+    if (!kMasked || !s.relu_output) return pack;
+    const T* relu_output = static_cast<const T*>(s.relu_output) + offset(s.relu_stride, n, channel, row, col);
+    const Pack<T, N> y = load_channels<N, kNeighbours>(relu_output, s.relu_stride.c);
+#pragma unroll
+    for (int e = 0; e < N; ++e)
+      if (widen(y.values[e]) <= 0) pack.values[e] = T{};
+    return pack;
+  }
+  // The sum over the windows that chose this element: one at the most, where they don't overlap.
+  Accumulator<T> sums[N] = {};
+  const int kernel_h = int(s.pool.kernel_h), kernel_w = int(s.pool.kernel_w);
+  int i = row, j = col;
+  const int last_row = divide_off(i, s.pool_rows), last_col = divide_off(j, s.pool_cols);
+#pragma unroll 1
+  for (int y = last_row, at_row = i; y >= 0 && at_row < kernel_h; --y, at_row += int(s.pool.stride_h))
+#pragma unroll 1
+    for (int x = last_col, at_col = j; x >= 0 && at_col < kernel_w; --x, at_col += int(s.pool.stride_w)) {
+      if (y >= s.pool.out_h || x >= s.pool.out_w) continue;
+      const auto code =
+          load_channels<N, kNeighbours>(s.pool_code + offset(s.code_stride, n, channel, y, x), s.code_stride.c);
+      const auto grad = load_channels<N, kNeighbours>(data + offset(s.stride, n, channel, y, x), s.stride.c);
+#pragma unroll
+      for (int e = 0; e < N; ++e)
+        if (code.values[e] == at_row * kernel_w + at_col) sums[e] += widen(grad.values[e]);
+    }
+  Pack<T, N> pack;
+#pragma unroll
+  for (int e = 0; e < N; ++e) pack.values[e] = narrow<T>(sums[e]);
+  return pack;
+}
+
+// Which of a window's `elements` values is its maximum: NaN wins, then the first; kPoolNone where ReLU left no more
+// than 0.
+template <class A>
+struct Maximum {
+  A value;
+  uint8_t code;
+};
+template <class A, class Values>
+__device__ Maximum<A> maximum_of(int elements, const Values& values) {
+  A top = -A(INFINITY);
+  int code = 0;
+  for (int e = 0; e < elements; ++e) {
+    const A value = values(e);
+    if (value > top || value != value) top = value, code = e;
+  }
+  return {top, top <= 0 ? kPoolNone : uint8_t(code)};
+}
+
+}  // namespace fastnn::cuda
