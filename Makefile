@@ -61,7 +61,7 @@ bench: $(VENV)/.built  ## run every benchmark and rewrite its results, plots and
 
 bench-gpu:  ## the same there on the GPU, into benchmarks/results/ under its name
 	@FASTNN_CUDA=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
-	@$(GPU_PYTHON) -m benchmarks --device cuda $(ARGS) --json "benchmarks/results/$$($(GPU_PYTHON) -c \
+	@$(GPU_PYTHON) -m benchmarks --device cuda --compile --plot docs/benchmarks/gpu $(ARGS) --json "benchmarks/results/$$($(GPU_PYTHON) -c \
 		'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
 
 clean:  ## remove what was built or written, but not .venv

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as native
 
-from benchmarks.harness import Case, Settings, Variant, compiled, functional, pass_function
+from benchmarks.harness import Case, Settings, Variant, compiled, functional, ours_of, pass_function, with_graphs
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 Fusion = Literal["", "relu", "relu+pool"]
@@ -114,6 +114,19 @@ def our_call(layer: Layer) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda x, w, b: function(x, w, b, layer.stride, layer.pad, 1, layer.groups)
 
 
+def calls(layer: Layer, settings: Settings) -> dict[str, tuple[str, Callable[..., Tensor]]]:
+    """What is measured, by name: its layout, and the call."""
+    result = {}
+    ours = ours_of("conv2d", our_call(layer), settings)
+    for layout in LAYOUTS:
+        result[f"eager {layout}"] = layout, native_call(layer)
+        result |= {f"{name} {layout}": (layout, call) for name, call in ours.items()}
+    # A compiled backward computes every gradient, whatever is asked for: those passes are left out.
+    if settings.compile_all or layer.fusion == "relu+pool":
+        result |= {f"compiled {layout}": (layout, compiled(native_call(layer), settings)) for layout in LAYOUTS}
+    return result
+
+
 def in_float64(
     layer: Layer, x: Tensor, w: Tensor, b: Tensor, grad_output: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, ...]:
@@ -125,7 +138,6 @@ def in_float64(
 
 
 def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case]:
-    ours, theirs = our_call(layer), native_call(layer)
     fan_in = layer.kernel**2 * layer.in_channels // layer.groups
     x = torch.randn(layer.batch, layer.in_channels, layer.size, layer.size, device=settings.device).to(dtype)
     w = torch.randn(layer.out_channels, layer.in_channels // layer.groups, layer.kernel, layer.kernel)
@@ -142,18 +154,10 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
     if settings.quick:
         reference = {name: reference[name] for name in ("forward", "backward", "forward+backward")}
 
-    calls: dict[str, tuple[str, Callable[..., Tensor]]] = {}
-    for layout in LAYOUTS:
-        calls[f"eager {layout}"] = layout, theirs
-        calls[f"fastnn {layout}"] = layout, ours
-    # A compiled backward computes every gradient, whatever is asked for: those passes are left out.
-    with_compiled = settings.compile_all or layer.fusion == "relu+pool"
-    for layout in LAYOUTS if with_compiled else ():
-        calls[f"compiled {layout}"] = layout, compiled(native_call(layer))
-
+    measured = calls(layer, settings)
     for pass_name, wanted in reference.items():
         variants = []
-        for name, (layout, call) in calls.items():
+        for name, (layout, call) in measured.items():
             if name.startswith("compiled") and pass_name in ("grad_input", "grad_weight"):
                 continue
             mine = [t.clone(memory_format=LAYOUTS[layout]) for t in (x, w)] + [b.clone()]
@@ -168,6 +172,6 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
             bound="flops",
             flops=layer.flops * {"backward": 2, "forward+backward": 3}.get(pass_name, 1),
             bytes=layer.moved(pass_name) * x.element_size(),
-            variants=variants,
+            variants=with_graphs(variants, pass_name, settings),
             reference=wanted,
         )

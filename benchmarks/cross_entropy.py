@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as native
 
-from benchmarks.harness import Case, Settings, Variant, compiled, functional, pass_function
+from benchmarks.harness import Case, Settings, Variant, compiled, functional, ours_of, pass_function, with_graphs
 
 # Times the logits must cross memory: read for the loss; read, and the gradient written.
 LOGITS_MOVED = {"forward": 1, "backward": 2, "forward+backward": 3}
@@ -55,23 +55,28 @@ def in_float64(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return loss, grad
 
 
+def functions(settings: Settings) -> dict[str, Callable[..., Tensor]]:
+    """What is measured, by name."""
+    result = {"eager": native.cross_entropy, **ours_of("cross_entropy", functional("cross_entropy"), settings)}
+    if settings.compile_all:
+        result["compiled"] = compiled(native.cross_entropy, settings)
+    return result
+
+
 def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case]:
-    ours = functional("cross_entropy")
     logits = (2 * torch.randn(layer.rows, layer.classes, device=settings.device)).to(dtype)
     target = torch.randint(layer.classes, (layer.rows,), device=settings.device)
     grad_output = torch.ones((), dtype=dtype, device=settings.device)
     loss, grad = in_float64(logits, target)
     reference = {"forward": [loss], "backward": [grad], "forward+backward": [loss, grad]}
 
-    functions = {"eager": native.cross_entropy, "fastnn": ours}
-    if settings.compile_all:
-        functions["compiled"] = compiled(native.cross_entropy)
+    measured = functions(settings)
     for pass_name, wanted in reference.items():
         variants = []
-        for name, function in functions.items():
+        for name, function in measured.items():
             mine = logits.detach()  # the same memory, with a requires_grad of its own
             run = pass_function(pass_name, partial(function, mine, target), [mine], [], grad_output)
-            variants.append(Variant(name, run, ours=name == "fastnn"))
+            variants.append(Variant(name, run, ours=name.startswith("fastnn")))
         yield Case(
             suite="cross_entropy",
             layer=layer.name,
@@ -80,6 +85,6 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
             bound="bytes",
             flops=4 * logits.numel() * LOGITS_MOVED[pass_name],
             bytes=LOGITS_MOVED[pass_name] * logits.numel() * logits.element_size(),
-            variants=variants,
+            variants=with_graphs(variants, pass_name, settings),
             reference=wanted,
         )

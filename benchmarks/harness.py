@@ -142,12 +142,59 @@ def functional(name: str) -> Callable[..., Tensor]:
     return own(name, fastnn.nn.functional, torch.nn.functional)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def ours_of(op: str, function: Callable[..., Any], settings: Settings) -> dict[str, Callable[..., Any]]:
+    """fastnn's ``function`` by the name of its rows: one for every backend that has kernels of ``op`` on the device."""
+    device_type = settings.device.type
+    backends = [name for name, device_types in dispatch.DEVICES.items() if device_type in device_types]
+    if len(backends) == 1:
+        return {"fastnn": function}
+
+    def on(backend: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with fastnn.backend(backend):
+                return function(*args, **kwargs)
+
+        return call
+
+    return {f"fastnn {name}": on(name) for name in backends if dispatch.why_off(name, op, device_type) is None}
+
+
+def compiled(function: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
     """``torch.compile`` for the shapes at hand. Backward runs many times over one graph here, which a compiled function
-    only allows where it does not reuse the buffers of its forward."""
+    only allows where it does not reuse the buffers of its forward. On a GPU it tunes; CUDA graphs are `with_graphs`."""
     torch._functorch.config.donated_buffer = False
     torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
+    mode = "max-autotune-no-cudagraphs" if settings.device.type == "cuda" else None
+    return torch.compile(function, dynamic=False, mode=mode)
+
+
+def graphed(run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
+    """``run`` as a CUDA graph, which its first call captures."""
+    captured: list[tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]] = []
+
+    def replay() -> Sequence[Tensor]:
+        if not captured:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what is made at a first call must not be in the graph
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = run()
+            captured.append((graph, results))
+        captured[0][0].replay()
+        return captured[0][1]
+
+    return replay
+
+
+def with_graphs(variants: Sequence[Variant], pass_name: str, settings: Settings) -> list[Variant]:
+    """The variants, and on CUDA eager ones as CUDA graphs: of passes that begin with forward, which record nothing."""
+    if settings.device.type != "cuda" or not pass_name.startswith("forward"):
+        return list(variants)
+    eager = [v for v in variants if v.name.startswith("eager")]
+    return [*variants, *(Variant(f"graph of {v.name}", graphed(v.run)) for v in eager)]
 
 
 def error(results: Sequence[Tensor], reference: Sequence[Tensor]) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastnn.optim
-from benchmarks.harness import Case, Settings, Variant, own
+from benchmarks.harness import Case, Settings, Variant, ours_of, own
 
 NATIVE = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 # Steps as large as the parameters, so that a wrong one shows.
@@ -75,7 +76,8 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
     reference = stepper(theirs, [v.double() for v in values], [g.double() for g in grads], **arguments)()
 
     variants = [Variant(name, stepper(theirs, values, grads, **arguments, **flags)) for name, flags in NATIVE.items()]
-    variants.append(Variant("fastnn", stepper(ours, values, grads, **arguments), ours=True))
+    for name, call in ours_of(layer.optimizer.lower(), lambda step: step(), settings).items():
+        variants.append(Variant(name, partial(call, stepper(ours, values, grads, **arguments)), ours=True))
     yield Case(
         suite="optim",
         layer=layer.name,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn import functional as native
 
-from benchmarks.harness import Case, Settings, Variant, compiled, functional, pass_function
+from benchmarks.harness import Case, Settings, Variant, compiled, functional, ours_of, pass_function, with_graphs
 
 # Tensors read or written by each pass: x -> y; dy, y -> dx.
 TENSORS_MOVED = {"forward": 2, "backward": 3, "forward+backward": 5}
@@ -38,8 +39,15 @@ def layers(settings: Settings) -> list[Layer]:
     return [layer for layer in LAYERS if layer.quick or not settings.quick]
 
 
+def functions(settings: Settings) -> dict[str, Callable[..., Tensor]]:
+    """What is measured, by name."""
+    result = {"eager": native.relu, **ours_of("relu", functional("relu"), settings)}
+    if settings.compile_all:
+        result["compiled"] = compiled(native.relu, settings)
+    return result
+
+
 def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case]:
-    ours = functional("relu")
     x = torch.randn(layer.shape, device=settings.device).to(dtype)
     grad_output = torch.randn(layer.shape, device=settings.device).to(dtype)
     output = native.relu(x.double())
@@ -48,16 +56,14 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
     if layer.inplace:
         reference = {"forward": [output]}
 
-    functions = {"eager": native.relu, "fastnn": ours}
-    if settings.compile_all:
-        functions["compiled"] = compiled(native.relu)
+    measured = functions(settings)
     for pass_name, wanted in reference.items():
         variants = []
-        for name, function in functions.items():
+        for name, function in measured.items():
             mine = x.clone()
             forward = partial(function, mine, inplace=layer.inplace)
             run = pass_function(pass_name, forward, [mine], [], grad_output)
-            variants.append(Variant(name, run, ours=name == "fastnn"))
+            variants.append(Variant(name, run, ours=name.startswith("fastnn")))
         moved = TENSORS_MOVED[pass_name] * x.numel()
         yield Case(
             suite="relu",
@@ -67,6 +73,6 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
             bound="bytes",
             flops=x.numel(),
             bytes=moved * x.element_size(),
-            variants=variants,
+            variants=with_graphs(variants, pass_name, settings),
             reference=wanted,
         )

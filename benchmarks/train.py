@@ -1,10 +1,14 @@
-"""One whole training step of the example program: zero_grad, forward, loss, backward, Adam."""
+"""One whole training step of the example program: zero_grad, forward, loss, backward, Adam.
+
+In a 16-bit dtype the parameters are float32 and the step is what AMP makes of it, native's and ours.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +18,7 @@ import fastnn
 import fastnn.nn
 import fastnn.optim
 from benchmarks.conv2d import LAYOUTS
-from benchmarks.harness import Case, Settings, Variant, compiled, own
+from benchmarks.harness import Case, Settings, Variant, compiled, ours_of, own
 from examples.compare import load_program
 
 ADAM: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "fused": {"fused": True}}
@@ -65,12 +69,14 @@ def stepper(
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     target: Tensor,
+    amp: torch.dtype | None = None,
 ) -> Callable[[], list[Tensor]]:
     """A function that takes one training step and returns the loss and every gradient."""
 
     def run() -> list[Tensor]:
         optimizer.zero_grad()
-        loss = criterion(forward(images), target)
+        with torch.autocast(images.device.type, amp, enabled=amp is not None):
+            loss = criterion(forward(images), target)
         loss.backward()
         optimizer.step()
         return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -93,27 +99,29 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
     for name in ("Conv2d", "ReLU", "CrossEntropyLoss"):
         own(name, fastnn.nn, torch.nn)
     our_adam, convert = own("Adam", fastnn.optim, torch.optim), own("convert", fastnn, torch)
-    images = torch.randn(layer.batch, 3, layer.size, layer.size, device=settings.device).to(dtype)
+    amp = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    stored = torch.float32 if amp else dtype
+    images = torch.randn(layer.batch, 3, layer.size, layer.size, device=settings.device).to(stored)
     target = torch.randint(CLASSES, (layer.batch,), device=settings.device)
-    initial = load_program(native=True).CNN(layer.size, CLASSES).to(settings.device, dtype)
+    initial = load_program(native=True).CNN(layer.size, CLASSES).to(settings.device, stored)
     program = load_program(native=False)
     reference = in_float64(initial, images, target)
 
     def native(layout: str, adam: str, compile_it: bool) -> Callable[[], list[Tensor]]:
         model = in_layout(copy.deepcopy(initial), layout)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, **ADAM[adam])
-        forward = compiled(model) if compile_it else model
+        forward = compiled(model, settings) if compile_it else model
         x = images.contiguous(memory_format=LAYOUTS[layout])
-        return stepper(model, forward, torch.nn.CrossEntropyLoss(), optimizer, x, target)
+        return stepper(model, forward, torch.nn.CrossEntropyLoss(), optimizer, x, target, amp)
 
     def ours(layout: str, converted: bool) -> Callable[[], list[Tensor]]:
-        model = in_layout(program.CNN(layer.size, CLASSES).to(settings.device, dtype), layout)
+        model = in_layout(program.CNN(layer.size, CLASSES).to(settings.device, stored), layout)
         model.load_state_dict(initial.state_dict())
         if converted:
             convert(model)
         optimizer = our_adam(model.parameters(), lr=1e-3)
         x = images.contiguous(memory_format=LAYOUTS[layout])
-        return stepper(model, model, fastnn.nn.CrossEntropyLoss(), optimizer, x, target)
+        return stepper(model, model, fastnn.nn.CrossEntropyLoss(), optimizer, x, target, amp)
 
     variants = [
         Variant(f"eager {layout}, {adam}", native(layout, adam, compile_it=False))
@@ -121,11 +129,14 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
         for adam in ADAM
     ]
     variants += [Variant(f"compiled {layout}, fused", native(layout, "fused", compile_it=True)) for layout in LAYOUTS]
-    variants += [
-        Variant("fastnn, imports changed", ours("NCHW", converted=False), ours=True),
-        Variant("fastnn, converted", ours("NCHW", converted=True), ours=True),
-        Variant("fastnn, converted, channels_last", ours("channels_last", converted=True), ours=True),
-    ]
+    for name, call in ours_of("conv2d", lambda step: step(), settings).items():
+        variants += [
+            Variant(f"{name}, imports changed", partial(call, ours("NCHW", converted=False)), ours=True),
+            Variant(f"{name}, converted", partial(call, ours("NCHW", converted=True)), ours=True),
+            Variant(
+                f"{name}, converted, channels_last", partial(call, ours("channels_last", converted=True)), ours=True
+            ),
+        ]
     yield Case(
         suite="train",
         layer=layer.name,

@@ -205,6 +205,29 @@ def test_every_variant_of_a_suite_is_right(name):
             assert result.ratio > 0
 
 
+def test_a_gpu_has_a_row_for_every_backend_and_native_at_its_best(monkeypatch):
+    """What is listed; that it runs, a GPU has to show."""
+    gpu = Settings(torch.device("cuda"), compile_all=True)
+    off = {"cuda": "not built"}
+    monkeypatch.setattr(harness.dispatch, "why_off", lambda backend, op, device_type: off.get(backend))
+    assert set(relu.functions(gpu)) == {"eager", "compiled", "fastnn triton"}
+    off.clear()
+    names = set(conv2d.calls(conv2d.LAYERS[0], gpu))
+    who = ("eager", "compiled", "fastnn cuda", "fastnn triton")
+    assert names == {f"{name} {layout}" for name in who for layout in conv2d.LAYOUTS}
+    assert set(cross_entropy.functions(gpu)) == set(who)
+    variants = [Variant(name, list, ours=name.startswith("fastnn")) for name in who]
+    for pass_name, more in (
+        ("forward", ["graph of eager"]),
+        ("forward+backward", ["graph of eager"]),
+        ("backward", []),
+    ):
+        assert [v.name for v in harness.with_graphs(variants, pass_name, gpu)] == [*who, *more]
+    assert harness.with_graphs(variants, "forward", QUICK) == variants
+    with fastnn.backend("torch"):
+        assert harness.ours_of("relu", fastnn.dispatch.forced, gpu)["fastnn triton"]() == "triton"
+
+
 # What is written
 
 
