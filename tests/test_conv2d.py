@@ -301,12 +301,12 @@ def test_overflow_of_what_cancels(backend, dtype):
 @given(case=winograd_cases(), dtype=st.sampled_from(FLOATING), data=st.data())
 @settings(max_examples=20)
 def test_infinities_and_nans_of_a_gradient(backend, case, dtype, data):
-    """As of the input: they reach the elements whose windows hold them."""
+    """As of the input: they reach the elements whose windows hold them. So do the input's own, in the weight's."""
     x, w, _ = case.tensors(partial(normals, dtype))
-    shape = native.conv2d(x, w, **case.kwargs).shape
-    grad_output = normals(dtype, tuple(shape))
+    grad_output = normals(dtype, tuple(native.conv2d(x, w, **case.kwargs).shape))
     for value in data.draw(st.lists(st.sampled_from([float("inf"), float("nan")]), max_size=2)):
-        grad_output[tuple(data.draw(st.integers(0, size - 1)) for size in shape)] = value
+        where = data.draw(st.sampled_from([grad_output] if case.layouts[0] == "expanded" else [grad_output, x]))
+        where[tuple(data.draw(st.integers(0, size - 1)) for size in where.shape)] = value
     exact_inputs = (to_float64(x), to_float64(w))
     exact = values_and_gradients(partial(native.conv2d, **case.kwargs), exact_inputs, to_float64(grad_output))[1]
     grad_output = LAYOUTS[case.layouts[2]](grad_output) if case.layouts[2] != "expanded" else grad_output

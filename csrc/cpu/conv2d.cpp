@@ -17,13 +17,13 @@ namespace {
 
 using torch::headeronly::MemoryFormat;
 
-// A task's packed planes (read once a result panel, so about the L2 cache) and its result panel (a part of it).
-constexpr int64_t kPlanesBytes = 512 << 10, kPanelBytes = 128 << 10;
+// A task's packed planes and its result panel, which share the L2 cache.
+constexpr int64_t kPlanesBytes = 256 << 10, kPanelBytes = 128 << 10;
 constexpr int64_t kPanelResults = 64;
 constexpr int64_t kDepthBytes = 20 << 10;  // a tile's operands: most of an L1 cache, beside the weights that pass by
-// The dot-product weight gradient sums lanes once a block and pair: longer blocks, fewer sums. The outer-product one
-// has a block's operands of one channel group in the L1 cache.
-constexpr int64_t kDotPositions = 1024, kOuterPositions = 256, kGradBytes = 384 << 10;
+// The weight gradient of many channels has a block's operands of one channel group in the L1 cache. That of few repacks
+// a halo for each block, and the dot products sum lanes once a block and pair: longer blocks, less of both.
+constexpr int64_t kFewPositions = 1024, kManyPositions = 256, kGradBytes = 384 << 10;
 // Channels of either side a block takes: a block is packed once for each block of the other side, and that takes more
 // of the time where there is one tap to use it.
 constexpr int64_t kGradChannels = 64, kGradChannelsOneTap = 128;
@@ -84,6 +84,11 @@ void set_block(Planes& p, int64_t rows, int64_t images, int64_t lanes) {
   p.plane = p.phases * lines * 16;
 }
 
+// Whether neighbours along a dimension are neighbours in memory; `dim` picks it from the strides.
+bool contiguous_along(int64_t Strides4::* dim, const ConvSource& s) {
+  return s.stride.*dim == 1 && (!s.relu_output || s.relu_stride.*dim == 1);
+}
+
 // Groups a task takes: where channels are neighbours in memory, enough for a pixel to give whole vectors.
 template <class Problem>
 int64_t groups_together(const Problem& p, bool channels_contiguous) {
@@ -134,16 +139,26 @@ void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
       (p.num_taps + 8) * 8 + (p.block_groups * p.group_channels * p.planes.plane + p.panel * positions) * element;
 }
 
+int64_t count_slices(const TapGrad& p, int64_t blocks, int64_t element) {
+  const int64_t weights = p.groups * p.group_results * p.group_channels * p.num_taps * element;
+  return std::min({blocks, ceil_div(kGradTasks, p.channel_blocks), std::max<int64_t>(1, kSliceBytes / weights)});
+}
+
 void plan(TapGrad& p, int64_t element, int64_t lanes) {
-  p.outer = p.group_channels >= 2 * lanes;
-  p.block_groups = p.outer ? 1 : groups_together(p, p.source.stride.c == 1 || p.grad.stride.c == 1);
+  p.form = p.group_channels >= 2 * lanes ? GradForm::channel_lanes
+           : p.group_results >= 2 * lanes && contiguous_along(&Strides4::c, p.grad) && p.grad.stride.w != 1
+               ? GradForm::result_lanes
+               : GradForm::position_lanes;
+  p.block_groups =
+      p.form == GradForm::position_lanes ? groups_together(p, p.source.stride.c == 1 || p.grad.stride.c == 1) : 1;
   const int64_t most_channels = p.num_taps == 1 ? kGradChannelsOneTap : kGradChannels;
   p.block_channels = p.block_groups > 1 ? p.group_channels : std::min(p.group_channels, most_channels);
   p.block_results = p.block_groups > 1 ? p.group_results : std::min(p.group_results, most_channels);
+  const int64_t most_positions = p.form == GradForm::channel_lanes ? kManyPositions : kFewPositions;
   const auto fits = [&](int64_t rows, int64_t images) {
     set_block(p.planes, rows, images, lanes);
     const int64_t grad_plane = p.planes.plane / p.planes.phases;
-    return images * rows * p.planes.pitch <= (p.outer ? kOuterPositions : kDotPositions) &&
+    return images * rows * p.planes.pitch <= most_positions &&
            p.block_groups * (p.block_channels * p.planes.plane + p.block_results * grad_plane) * element <= kGradBytes;
   };
   int64_t rows = p.rows, images = 1;
@@ -156,16 +171,16 @@ void plan(TapGrad& p, int64_t element, int64_t lanes) {
   p.image_blocks = ceil_div(p.batch, images), p.row_blocks = cut.blocks;
   p.channel_blocks = ceil_div(p.groups, p.block_groups) * ceil_div(p.group_results, p.block_results) *
                      ceil_div(p.group_channels, p.block_channels);
-  const int64_t weights = p.groups * p.group_results * p.group_channels * p.num_taps * element;
-  p.slices = std::min({p.image_blocks * p.row_blocks, ceil_div(kGradTasks, p.channel_blocks),
-                       std::max<int64_t>(1, kSliceBytes / weights)});
-  const int64_t width = p.outer ? 3 * lanes : 1, grad_width = p.outer ? lanes : 1;
+  p.slices = count_slices(p, p.image_blocks * p.row_blocks, element);
+  // Lanes are padded to whole tiles, rows to whole vectors; packed by position, both pass through rows of planes.
+  const bool by_position = p.form != GradForm::position_lanes;
+  const int64_t width = p.form == GradForm::channel_lanes ? 3 * lanes : 1, grad_width = by_position ? 3 * lanes : 1;
   const int64_t channels = ceil_div(p.block_channels, width) * width;
   const int64_t results = ceil_div(p.block_results, grad_width) * grad_width;
-  p.scratch = (p.block_channels * p.num_taps + 8) * 8 +
-              (p.block_groups * (channels * p.planes.plane + results * p.planes.plane / p.planes.phases) +
-               (p.outer ? lanes * (p.planes.pitch + 2 * lanes) : 0)) *
-                  element;
+  p.scratch =
+      p.offset_bytes() + (p.block_groups * (channels * p.planes.plane + results * p.planes.plane / p.planes.phases) +
+                          (by_position ? lanes * (p.planes.pitch + 2 * lanes) : 0)) *
+                             element;
 }
 
 // A 1 x 1 convolution sees no rows: joins as many as divide them into longer ones, where all operands' rows are
@@ -179,7 +194,7 @@ void join_rows(ConvShape& s, std::initializer_list<ConvSource*> sources, std::in
   }
   for (const Strides4* stride : others) adjacent &= stride->h == s.in_w * stride->w;
   int64_t rows = 1;
-  for (int64_t k = 2; adjacent && k <= s.in_h && k * s.in_w <= kOuterPositions; ++k)
+  for (int64_t k = 2; adjacent && k <= s.in_h && k * s.in_w <= kManyPositions; ++k)
     if (s.in_h % k == 0) rows = k;
   s.in_h /= rows, s.out_h /= rows, s.in_w *= rows, s.out_w *= rows;
   for (ConvSource* source : sources) {
@@ -207,11 +222,6 @@ constexpr int64_t kDepthwiseLinesBytes = 256 << 10;  // lines of many channels: 
 constexpr int64_t kDepthwisePlaneBytes = 16 << 10;   // lines of one channel: a part of the L1 cache
 constexpr int64_t kDepthwiseBlockRows = 8;           // of a task at the least, as its first lines are packed twice
 constexpr int64_t kDepthwisePlanes = 16;             // channels of NCHW whose gradients a task sums image by image
-
-// Whether neighbours along a dimension are neighbours in memory; `dim` picks it from the strides.
-bool contiguous_along(int64_t Strides4::* dim, const ConvSource& s) {
-  return s.stride.*dim == 1 && (!s.relu_output || s.relu_stride.*dim == 1);
-}
 
 // The lines of a problem's source, of which a result reads `down` rows and `right` plane columns past its first.
 DepthwiseLines plan_lines(bool by_channel, const Planes& p, int64_t rows, int64_t cols, int64_t down, int64_t right,
@@ -356,15 +366,20 @@ constexpr int64_t kWinogradChannels = 16, kWinogradTiles = 32;
 constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
 constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
 
-// A 3 x 3 window that moves by one, pooled by tiles if at all, and large enough.
+constexpr int64_t kWinogradGradTiles = 60;  // of a block of the weight's gradient, at most: see its header
+
+// A 3 x 3 window that moves by one.
+bool is_window(const Planes& p, int64_t taps) {
+  return taps == 9 && p.step_h == 1 && p.step_w == 1 && p.halo_h == 2 && p.halo_w == 2;
+}
+
+// Such a window, pooled by tiles if at all, and large enough.
 bool is_winograd(const WinogradConv& w) {
   const TapConv& p = w.conv;
   const PoolShape& pool = p.result.pool;
-  const bool window =
-      p.num_taps == 9 && p.planes.step_h == 1 && p.planes.step_w == 1 && p.planes.halo_h == 2 && p.planes.halo_w == 2;
   const bool by_tiles =
       !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
-  return window && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
+  return is_window(p.planes, p.num_taps) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
          std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.tiles() >= kWinogradTiles;
 }
 
@@ -402,6 +417,39 @@ bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std:
   std::atomic<bool> finite{true};
   run_tasks(w, [&](const WinogradConv& plan, void* scratch, int64_t begin, int64_t end) {
     if (!kernels.run[dtype](plan, scratch, begin, end)) finite = false;
+  });
+  return finite;
+}
+
+// False where it is not for this problem.
+bool plan_winograd(TapGrad& p, DType dtype, WinogradGrad& g) {
+  WinogradConv& w = g.source;
+  w.conv.source = p.source, w.conv.planes = p.planes, w.conv.batch = p.batch;
+  w.tile_rows = ceil_div(p.rows, 2), w.tile_cols = ceil_div(p.cols, 2);
+  if (!is_window(p.planes, p.num_taps) || std::min(p.group_channels, p.group_results) < kWinogradChannels ||
+      w.tiles() < kWinogradTiles)
+    return false;
+  p.form = GradForm::position_lanes;
+  p.block_groups = 1;
+  p.block_results = std::min(p.group_results, kWinogradGradResults);
+  p.block_channels = w.conv.group_channels = std::min(p.group_channels, kWinogradGradChannels);
+  p.channel_blocks =
+      p.groups * ceil_div(p.group_results, p.block_results) * ceil_div(p.group_channels, p.block_channels);
+  // Whole rows of tiles, or an even part of one.
+  w.block_tiles = w.tile_cols < kWinogradGradTiles ? kWinogradGradTiles / w.tile_cols * w.tile_cols
+                                                   : ceil_div(w.tile_cols, ceil_div(w.tile_cols, kWinogradGradTiles));
+  p.slices = count_slices(p, g.blocks(), accumulator_size(dtype));
+  return true;
+}
+
+// False where a sum was not finite, as in the forward pass.
+bool run_winograd(const TapGrad& p, DType dtype, WinogradGrad& g) {
+  g.grad = p;
+  const WinogradKernels& kernels = winograd_kernels();
+  g.scratch = kernels.grad_scratch[dtype](g);
+  std::atomic<bool> finite{true};
+  run_tasks(g, [&](const WinogradGrad& plan, void* scratch, int64_t begin, int64_t end) {
+    if (!kernels.run_grad[dtype](plan, scratch, begin, end)) finite = false;
   });
   return finite;
 }
@@ -581,21 +629,27 @@ void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource
   p.taps = taps.data(), p.num_taps = int64_t(taps.size());
   p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_in(), p.group_results = s.group_out();
   p.rows = s.out_h, p.cols = s.out_w;
+  // Runs a planned kernel and adds its slices up. False where the kernel says so.
+  const auto sum = [&](auto run) {
+    const int64_t count = s.out_channels * s.group_in() * p.num_taps;
+    const Scratch<char> sums(p.slices * count * element), bias_sums(p.slices * s.out_channels * element);
+    p.weight_sums = sums.get();
+    p.bias_sums = bias_result ? bias_sums.get() : nullptr;
+    if (!run()) return false;
+    torch::stable::parallel_for(
+        0, s.out_channels, ceil_div(16 * 1024, count / s.out_channels),
+        [&](int64_t begin, int64_t end) { kernels.sum_slices[dtype](p, weight_result.data_ptr(), begin, end); });
+    if (bias_result) kernels.sum_bias_slices[dtype](p, bias_result->data_ptr());
+    return true;
+  };
   DepthwiseGrad depthwise{};
-  const bool is_depthwise = plan_depthwise(p, element, depthwise);
-  if (!is_depthwise) plan(p, element, kernels.lanes[element == 4]);
-  const int64_t count = s.out_channels * s.group_in() * p.num_taps;
-  const Scratch<char> sums(p.slices * count * element), bias_sums(p.slices * s.out_channels * element);
-  p.weight_sums = sums.get();
-  p.bias_sums = bias_result ? bias_sums.get() : nullptr;
-  if (is_depthwise)
-    run_depthwise(p, depthwise, dtype);
-  else
-    run_tasks(p, kernels.run_grad[dtype]);
-  torch::stable::parallel_for(
-      0, s.out_channels, ceil_div(16 * 1024, count / s.out_channels),
-      [&](int64_t begin, int64_t end) { kernels.sum_slices[dtype](p, weight_result.data_ptr(), begin, end); });
-  if (bias_result) kernels.sum_bias_slices[dtype](p, bias_result->data_ptr());
+  WinogradGrad winograd{};
+  if (plan_depthwise(p, element, depthwise)) {
+    sum([&] { return run_depthwise(p, depthwise, dtype), true; });
+  } else if (!plan_winograd(p, dtype, winograd) || !sum([&] { return run_winograd(p, dtype, winograd); })) {
+    plan(p, element, kernels.lanes[element == 4]);
+    sum([&] { return run_tasks(p, kernels.run_grad[dtype]), true; });
+  }
 }
 
 // Result channels whose entries are listed at a time, and windows: the input gradient's lists share the L1 cache with

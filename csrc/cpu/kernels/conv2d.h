@@ -74,6 +74,11 @@ struct TapConv {
   int64_t tasks() const { return image_blocks * row_blocks * channel_blocks; }
 };
 
+// What the lanes of a weight gradient's vectors are: source channels, where they are enough to fill a tile; result
+// channels, where those are contiguous in memory; or positions, of which each (result channel, channel, tap) is a dot
+// product.
+enum class GradForm { channel_lanes, result_lanes, position_lanes };
+
 struct TapGrad {
   ConvSource source, grad;
   Planes planes;
@@ -85,10 +90,37 @@ struct TapGrad {
   // are cut by shape alone and summed in order, so the result does not depend on the thread count.
   int64_t image_blocks, row_blocks, slices, channel_blocks;
   int64_t block_groups, block_results, block_channels;
-  bool outer;  // sums of outer products (block_groups is 1), else dot products along the positions
+  GradForm form;  // block_groups is 1 unless position_lanes
   int64_t scratch;
-  void* weight_sums;  // [slices][groups * group_results][group_channels][num_taps] (outer: taps before channels)
+  void* weight_sums;  // [slices][sum_index()]
   void* bias_sums;    // [slices][groups * group_results], or null
+
+  // Where the sum of result channel m (of all groups), source channel c and tap t is: the lanes are neighbours.
+  int64_t sum_index(int64_t m, int64_t c, int64_t t) const {
+    if (form == GradForm::result_lanes)
+      return ((m / group_results * group_channels + c) * num_taps + t) * group_results + m % group_results;
+    return m * group_channels * num_taps +
+           (form == GradForm::channel_lanes ? t * group_channels + c : c * num_taps + t);
+  }
+  // The slice and channels of a task: `groups` groups from `group` on, of each `results` result channels from `result`
+  // on and `channels` source channels from `channel` on.
+  struct Task {
+    int64_t slice, group, groups, result, results, channel, channels;
+  };
+  Task task(int64_t index) const {
+    const int64_t result_splits = (group_results + block_results - 1) / block_results;
+    const int64_t channel_splits = (group_channels + block_channels - 1) / block_channels;
+    Task t;
+    t.slice = index / channel_blocks;
+    t.channel = index % channel_splits * block_channels;
+    t.result = index % channel_blocks / channel_splits % result_splits * block_results;
+    t.group = index % channel_blocks / (channel_splits * result_splits) * block_groups;
+    t.groups = block_groups < groups - t.group ? block_groups : groups - t.group;
+    t.results = block_results < group_results - t.result ? block_results : group_results - t.result;
+    t.channels = block_channels < group_channels - t.channel ? block_channels : group_channels - t.channel;
+    return t;
+  }
+  int64_t offset_bytes() const { return (block_channels * num_taps + block_results + 8) / 8 * 64; }
 
   int64_t tasks() const { return slices * channel_blocks; }
 };

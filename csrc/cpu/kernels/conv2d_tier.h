@@ -13,8 +13,9 @@
 //
 // Weight gradient (TapGrad), of many channels: both operands are packed position by position, and a tile of MR result
 // channels x NV vectors of source channels accumulates one tap's outer products over all positions of a block. Of few
-// channels, which would not fill the vectors: a tile of MR result channels x NJ (channel, tap) pairs accumulates
-// vectors along the positions, on planes packed as in the forward pass, and is summed across lanes once a block.
+// channels, which would not fill the vectors: MR (channel, tap) pairs x NV vectors of result channels, if the
+// gradient's channels are contiguous; else MR result channels x NJ pairs accumulate vectors along the positions, and
+// are summed across lanes once a block. In both, the planes are packed as in the forward pass.
 //
 // Operations: 2 * batch * out_channels * out_h * out_w * (in_channels / groups) * kernel_h * kernel_w a pass. Bytes:
 // each tensor once, plus a packed copy that stays in the cache; rows on a block's border are packed twice.
@@ -26,6 +27,7 @@ constexpr int kTileResults = 4, kTilePairs = 3;
 #endif
 constexpr int kTileVectors = 3;
 constexpr int64_t kShortDepth = 64;
+constexpr int64_t kReadChannels = 64;
 
 // ---- reading a source ----
 
@@ -48,7 +50,8 @@ FASTNN_INLINE int64_t offset4(const Strides4& s, int64_t n, int64_t c, int64_t h
 }
 
 // `rows` rows of one channel, y_step apart from row y on, into plane rows `pitch` apart: from column x on, every
-// x_step-th element into dst[0, count). May write a vector past `count`.
+// x_step-th element into dst[0, count). May write a vector past `count`. The next channel's rows are prefetched: a run
+// reads less of a plane than a hardware prefetcher needs to see.
 template <class T>
 void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t y_step, int64_t rows, int64_t x,
                 int64_t x_step, int64_t count, Accumulator<T>* dst, int64_t pitch) {
@@ -64,10 +67,17 @@ void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t y_
   for (int64_t row = 0; row < rows; ++row, src += row_step, dst += pitch, relu += relu ? relu_row_step : 0) {
     int64_t i = 0;
     if (step == 1 && !relu) {
-      for (; i + L <= count; i += L) store(dst + i, load(src + i));
+      for (; i + L <= count; i += L) {
+        __builtin_prefetch(src + i + s.stride.c);
+        store(dst + i, load(src + i));
+      }
       if (tail) store(dst + i, load_n(src + i, int(tail)));
     } else if (step == 1 && relu_step == 1) {
-      for (; i + L <= count; i += L) store(dst + i, masked<T>(load(src + i), load(relu + i)));
+      for (; i + L <= count; i += L) {
+        __builtin_prefetch(src + i + s.stride.c);
+        __builtin_prefetch(relu + i + s.relu_stride.c);
+        store(dst + i, masked<T>(load(src + i), load(relu + i)));
+      }
       if (tail) store(dst + i, masked<T>(load_n(src + i, int(tail)), load_n(relu + i, int(tail))));
     } else {
       // The even elements of two vectors; the last one read is before the next one wanted, so never past the row.
@@ -81,37 +91,56 @@ void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t y_
   }
 }
 
-// A vector of channels c.. at (n, y, x) of a source whose channels are contiguous.
+// `lanes` neighbours, masked by those of `relu` where it is given.
 template <class T>
-FASTNN_INLINE Vec<Accumulator<T>> read_channels(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t x,
-                                                int lanes) {
-  using A = Accumulator<T>;
-  const T* data = static_cast<const T*>(s.data);
-  const T* src = data + offset4(s.stride, n, c, y, x);
-  const bool full = lanes == kLanes<A>;
-  const Vec<A> value = full ? load(src) : load_n(src, lanes);
-  if (!s.relu_output) return value;
-  const T* relu = static_cast<const T*>(s.relu_output) + offset4(s.relu_stride, n, c, y, x);
-  return masked<T>(value, full ? load(relu) : load_n(relu, lanes));
+FASTNN_INLINE Vec<Accumulator<T>> read_lanes(const T* src, const T* relu, int lanes) {
+  const bool full = lanes == kLanes<Accumulator<T>>;
+  const Vec<Accumulator<T>> value = full ? load(src) : load_n(src, lanes);
+  return relu ? masked<T>(value, full ? load(relu) : load_n(relu, lanes)) : value;
 }
 
 // A row of `channels` channels at once (same overrun), channel c at dst + c * plane: a source whose channels are
-// contiguous.
+// contiguous. Runs of channels that are few enough for their lines at dst to stay in the L1 cache until they are full.
 template <class T>
 void read_rows(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int64_t y, int64_t x, int64_t step,
                int64_t count, Accumulator<T>* dst, int64_t plane) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
-  for (int64_t c = 0; c < channels; c += L) {
-    const int width = int(channels - c < L ? channels - c : L);
+  const T* src = static_cast<const T*>(s.data) + offset4(s.stride, n, c0, y, x);
+  const T* relu = static_cast<const T*>(s.relu_output);
+  if (relu) relu += offset4(s.relu_stride, n, c0, y, x);
+  const int64_t src_step = step * s.stride.w, relu_step = step * s.relu_stride.w;
+  for (int64_t run = 0; run < channels; run += kReadChannels)
     for (int64_t i = 0; i < count; i += L) {
-      const int length = int(count - i < L ? count - i : L);
-      Vec<A> rows[L];
-      for (int j = 0; j < L; ++j)
-        rows[j] = j < length ? read_channels<T>(s, n, c0 + c, y, x + (i + j) * step, width) : Vec<A>{};
-      transpose<A>(rows);
-      for (int j = 0; j < width; ++j) store(dst + (c + j) * plane + i, rows[j]);
+      const int length = int(least(L, count - i));
+      for (int64_t c = run; c < least(channels, run + kReadChannels); c += L) {
+        const int width = int(least(L, channels - c));
+        Vec<A> rows[L];
+        for (int j = 0; j < L; ++j)
+          rows[j] = j < length ? read_lanes(src + (i + j) * src_step + c,
+                                            relu ? relu + (i + j) * relu_step + c : nullptr, width)
+                               : Vec<A>{};
+        transpose<A>(rows);
+        for (int j = 0; j < width; ++j) store(dst + (c + j) * plane + i, rows[j]);
+      }
     }
+}
+
+// `count` pixels of a row, step apart from column x on, of a source whose channels are contiguous: a pixel's channels
+// go to runs of `width`, padded to a vector, `run_pitch` apart.
+template <class T>
+void copy_pixels(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int64_t y, int64_t x, int64_t step,
+                 int64_t count, Accumulator<T>* dst, int64_t width, int64_t run_pitch) {
+  constexpr int L = kLanes<Accumulator<T>>;
+  const T* src = static_cast<const T*>(s.data) + offset4(s.stride, n, c0, y, x);
+  const T* relu = static_cast<const T*>(s.relu_output);
+  if (relu) relu += offset4(s.relu_stride, n, c0, y, x);
+  const int64_t src_step = step * s.stride.w, relu_step = relu ? step * s.relu_stride.w : 0;
+  for (int64_t i = 0; i < count; ++i, src += src_step, relu += relu_step, dst += width) {
+    Accumulator<T>* to = dst;
+    for (int64_t run = 0; run < channels; run += width, to += run_pitch)
+      for (int64_t c = run; c < least(channels, run + width); c += L)
+        store(to + c - run, read_lanes(src + c, relu ? relu + c : nullptr, int(least(L, channels - c))));
   }
 }
 
@@ -247,12 +276,8 @@ void tiles(const TileSetting<A>& s, const A* planes, int64_t channels, const A* 
   }
 }
 
-// The widest tile of result channels that still fits `rest`: 8 (AVX-512), 4, 2 or 1.
-FASTNN_INLINE int tile_results(int64_t rest) {
-  int m = kTileResults;
-  while (m > rest) m /= 2;
-  return m;
-}
+// The widest tile of result channels that still fits `rest`: 8 (AVX-512), 4, 3, 2 or 1.
+FASTNN_INLINE int tile_results(int64_t rest) { return rest >= kTileResults ? kTileResults : int(least(rest, 4)); }
 
 template <class A>
 FASTNN_INLINE void tiles_of(int results, const TileSetting<A>& s, const A* planes, int64_t channels, const A* weight,
@@ -261,6 +286,7 @@ FASTNN_INLINE void tiles_of(int results, const TileSetting<A>& s, const A* plane
   if (results == 8) return tiles<A, 8>(s, planes, channels, weight, bias, out, count);
 #endif
   if (results == 4) return tiles<A, 4>(s, planes, channels, weight, bias, out, count);
+  if (results == 3) return tiles<A, 3>(s, planes, channels, weight, bias, out, count);
   if (results == 2) return tiles<A, 2>(s, planes, channels, weight, bias, out, count);
   return tiles<A, 1>(s, planes, channels, weight, bias, out, count);
 }
@@ -329,15 +355,16 @@ FASTNN_INLINE void write_row(void* data, const Strides4& stride, int64_t n, int6
 // anything at or right of it is written), and its codes. Torch's order: the first of equal maxima, the last NaN.
 template <class A>
 void pool_row(A* row, int64_t pitch, const PoolShape& pool, uint8_t* code, int64_t code_step) {
-  int64_t px = 0;
   if (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_w == 2) {
     constexpr int L = kLanes<A>;
     Mask<A> even, odd;
     for (int i = 0; i < L; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
-    for (; px + L <= pool.out_w; px += L) {
+    for (int64_t px = 0; px < pool.out_w; px += L) {
+      const int lanes = int(least(L, pool.out_w - px));
       Vec<A> best;
       Mask<A> element{};
       for (int i = 0; i < 2; ++i) {
+        // Past the row's end, where there are fewer lanes, lies what is not yet pooled: read, but not stored.
         const Vec<A> left = load(row + i * pitch + 2 * px), right = load(row + i * pitch + 2 * px + L);
         const Vec<A> pair[2] = {__builtin_shuffle(left, right, even), __builtin_shuffle(left, right, odd)};
         if (i == 0) best = pair[0];
@@ -348,14 +375,18 @@ void pool_row(A* row, int64_t pitch, const PoolShape& pool, uint8_t* code, int64
         }
       }
       element = best <= Vec<A>{} ? Mask<A>{} + kPoolNone : element;
-      store(row + px, best);
-      if (code_step == 1)
+      if (lanes == L)
+        store(row + px, best);
+      else
+        store_n(row + px, best, lanes);
+      if (lanes == L && code_step == 1)
         store_bytes(code + px, element);
       else
-        for (int i = 0; i < L; ++i) code[(px + i) * code_step] = uint8_t(element[i]);
+        for (int i = 0; i < lanes; ++i) code[(px + i) * code_step] = uint8_t(element[i]);
     }
+    return;
   }
-  for (; px < pool.out_w; ++px) {
+  for (int64_t px = 0; px < pool.out_w; ++px) {
     const A* window = row + px * pool.stride_w;
     A best = window[0];
     uint8_t element = 0;
@@ -475,7 +506,7 @@ void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
   }
 }
 
-// ---- weight gradient, many channels: sums of outer products ----
+// ---- weight gradient: sums of outer products ----
 
 // As pack_planes, but position by position: channels [0, channels) in groups of `width`, a group's channels contiguous
 // at every position and padded with zeros: packed[(c / width * positions + position) * width + c % width]. `row` holds
@@ -494,18 +525,21 @@ void pack_positions(const ConvSource& s, const Planes& p, const Block& block, in
         const int64_t y = (block.row + i) * p.step_h + p.phase_h[phase] - p.origin_h;
         const bool inside = y >= 0 && y < s.height && columns.last > columns.first;
         const int64_t at = phase * phase_size + image * block.pitch_image + i * p.pitch;
+        if (!inside || by_channel) {
+          const int64_t first = inside ? columns.first : p.pitch, last = inside ? columns.last : p.pitch;
+          for (int64_t c = 0; c < channels; c += width) {
+            A* to = packed + c * positions + at * width;
+            zero(to, first * width);
+            zero(to + last * width, (p.pitch - last) * width);
+          }
+          if (inside)
+            copy_pixels<T>(s, block.n + image, c0, channels, y, columns.x, p.step_w, last - first,
+                           packed + (at + first) * width, width, positions * width);
+          continue;
+        }
         for (int64_t c = 0; c < channels; c += L) {
           const int lanes = int(least(L, channels - c));
           A* to = packed + (c / width * positions + at) * width + c % width;
-          if (!inside || by_channel) {
-            for (int64_t j = 0; j < p.pitch; ++j) {
-              const bool in_row = inside && j >= columns.first && j < columns.last;
-              store(to + j * width, in_row ? read_channels<T>(s, block.n + image, c0 + c, y,
-                                                              columns.x + (j - columns.first) * p.step_w, lanes)
-                                           : Vec<A>{});
-            }
-            continue;
-          }
           const int64_t pitch = ceil_div(p.pitch, L) * L;
           for (int k = 0; k < L; ++k) {
             A* dst = row + k * pitch;
@@ -533,23 +567,26 @@ void pack_positions(const ConvSource& s, const Planes& p, const Block& block, in
   }
 }
 
-// sums[m][c] += sum over the block's output positions of grads[position][m] * planes[position][c]: MR x NV vectors.
+// sums[m][l] += sum over the block's output positions of rows[offsets[m] + position * step] * lanes[position][l], for
+// MR rows and NV vectors of lanes.
 template <class A, int MR, int NV>
-void outer_tile(const A* grads, int64_t grad_width, const A* planes, int64_t width, const Block& block, int64_t cols,
-                int64_t pitch, A* sums, int64_t sums_pitch, int tail) {
+void outer_tile(const A* rows, const int64_t* offsets, int64_t step, const A* lanes, int64_t width, const Block& block,
+                int64_t cols, int64_t pitch, A* sums, int64_t sums_pitch, int tail) {
   Vec<A> sum[MR][NV] = {};
+  const A* from[MR];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) from[m] = rows + offsets[m];
   for (int64_t image = 0; image < block.images; ++image)
     for (int64_t row = 0; row < block.rows; ++row) {
       const int64_t at = image * block.pitch_image + row * pitch;
-      const A* g = grads + at * grad_width;
-      const A* x = planes + at * width;
-      for (int64_t i = 0; i < cols; ++i, g += grad_width, x += width) {
+      const A* x = lanes + at * width;
+      for (int64_t i = at * step; i < (at + cols) * step; i += step, x += width) {
         Vec<A> b[NV];
 #pragma GCC unroll 6
         for (int v = 0; v < NV; ++v) b[v] = load(x + v * kLanes<A>);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) {
-          const Vec<A> a = splat(g[m]);
+          const Vec<A> a = splat(from[m][i]);
 #pragma GCC unroll 6
           for (int v = 0; v < NV; ++v) sum[m][v] += a * b[v];
         }
@@ -560,54 +597,56 @@ void outer_tile(const A* grads, int64_t grad_width, const A* planes, int64_t wid
 #pragma GCC unroll 6
     for (int v = 0; v < NV; ++v) {
       A* out = sums + m * sums_pitch + v * kLanes<A>;
-      const int lanes = v == NV - 1 ? tail : kLanes<A>;
-      store_n(out, load_n(out, lanes) + sum[m][v], lanes);
+      const int count = v == NV - 1 ? tail : kLanes<A>;
+      store_n(out, load_n(out, count) + sum[m][v], count);
     }
 }
 
 template <class A, int MR>
-FASTNN_INLINE void outer_tiles(int vectors, const A* grads, int64_t grad_width, const A* planes, int64_t width,
-                               const Block& block, int64_t cols, int64_t pitch, A* sums, int64_t sums_pitch, int tail) {
+FASTNN_INLINE void outer_tiles(const A* rows, const int64_t* offsets, int64_t step, const A* lanes, int64_t width,
+                               int64_t count, const Block& block, int64_t cols, int64_t pitch, A* sums,
+                               int64_t sums_pitch) {
+  const int vectors = int(ceil_div(count, kLanes<A>)), tail = int(count - (vectors - 1) * kLanes<A>);
   if (vectors == 3)
-    outer_tile<A, MR, 3>(grads, grad_width, planes, width, block, cols, pitch, sums, sums_pitch, tail);
+    outer_tile<A, MR, 3>(rows, offsets, step, lanes, width, block, cols, pitch, sums, sums_pitch, tail);
   else if (vectors == 2)
-    outer_tile<A, MR, 2>(grads, grad_width, planes, width, block, cols, pitch, sums, sums_pitch, tail);
+    outer_tile<A, MR, 2>(rows, offsets, step, lanes, width, block, cols, pitch, sums, sums_pitch, tail);
   else
-    outer_tile<A, MR, 1>(grads, grad_width, planes, width, block, cols, pitch, sums, sums_pitch, tail);
+    outer_tile<A, MR, 1>(rows, offsets, step, lanes, width, block, cols, pitch, sums, sums_pitch, tail);
 }
 
-// One block of one group: every tap, source channel group and result tile. sums: [m][tap][channel].
+// All of `num_rows` rows against `count` <= width lanes.
 template <class A>
-void outer_block(const A* grads, int64_t grad_width, int64_t results, const A* packed, int64_t positions,
-                 int64_t channels, const int64_t* offsets, int64_t taps, const Block& block, int64_t cols,
-                 int64_t pitch, A* sums, int64_t sums_pitch, int64_t tap_pitch) {
-  constexpr int64_t kWidth = kTileVectors * kLanes<A>;
-  for (int64_t c = 0; c < channels; c += kWidth) {
-    const int64_t left = least(kWidth, channels - c);
-    const int vectors = int(ceil_div(left, kLanes<A>)), tail = int(left - (vectors - 1) * kLanes<A>);
-    for (int64_t t = 0; t < taps; ++t) {
-      const A* planes = packed + (c / kWidth * positions + offsets[t]) * kWidth;
-      for (int64_t m = 0; m < results;) {
-        A* out = sums + m * sums_pitch + t * tap_pitch + c;
-        const int width = tile_results(results - m);
+void outer_rows(const A* rows, const int64_t* offsets, int64_t num_rows, int64_t step, const A* lanes, int64_t width,
+                int64_t count, const Block& block, int64_t cols, int64_t pitch, A* sums, int64_t sums_pitch) {
+  for (int64_t m = 0; m < num_rows;) {
+    A* out = sums + m * sums_pitch;
+    const int results = tile_results(num_rows - m);
 #if FASTNN_VECTOR_BYTES == 64
-        if (width == 8)
-          outer_tiles<A, 8>(vectors, grads + m, grad_width, planes, kWidth, block, cols, pitch, out, sums_pitch, tail);
-        else
+    if (results == 8)
+      outer_tiles<A, 8>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+    else
 #endif
-            if (width == 4)
-          outer_tiles<A, 4>(vectors, grads + m, grad_width, planes, kWidth, block, cols, pitch, out, sums_pitch, tail);
-        else if (width == 2)
-          outer_tiles<A, 2>(vectors, grads + m, grad_width, planes, kWidth, block, cols, pitch, out, sums_pitch, tail);
-        else
-          outer_tiles<A, 1>(vectors, grads + m, grad_width, planes, kWidth, block, cols, pitch, out, sums_pitch, tail);
-        m += width;
-      }
-    }
+        if (results == 4)
+      outer_tiles<A, 4>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+    else if (results == 3)
+      outer_tiles<A, 3>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+    else if (results == 2)
+      outer_tiles<A, 2>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+    else
+      outer_tiles<A, 1>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+    m += results;
   }
 }
 
-// ---- weight gradient, few channels: dot products along the positions ----
+// Lanes a tile takes of `count`, evenly cut: a tile of one vector has too few sums to hide an FMA's latency.
+template <class A>
+FASTNN_INLINE int64_t lanes_together(int64_t count) {
+  const int64_t vectors = ceil_div(count, kLanes<A>);
+  return ceil_div(vectors, ceil_div(vectors, kTileVectors)) * kLanes<A>;
+}
+
+// ---- weight gradient: dot products along the positions ----
 
 // sums[m * sums_pitch + j] += sum over rows x cols of grads[m] * planes[offsets[j]].
 template <class A, int MR, int NJ>
@@ -700,18 +739,21 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   constexpr int64_t kWidth = kTileVectors * kLanes<A>;
   const Planes& planes = p.planes;
-  const int64_t offset_channels = p.outer ? 1 : p.block_channels;
+  const bool channel_lanes = p.form == GradForm::channel_lanes, result_lanes = p.form == GradForm::result_lanes;
+  const int64_t channel_places = channel_lanes ? ceil_div(p.block_channels, kWidth) * kWidth : p.block_channels;
+  // Of every (channel, tap) in the packed planes; where channels are lanes, of every tap, and of every result channel
+  // in the packed gradient.
   int64_t* offsets = static_cast<int64_t*>(scratch_);
+  const int64_t offset_channels = channel_lanes ? 1 : p.block_channels;
   for (int64_t c = 0; c < offset_channels; ++c)
     for (int64_t t = 0; t < p.num_taps; ++t)
       offsets[c * p.num_taps + t] = c * planes.plane + tap_offset(planes, p.taps[t]);
-  A* packed = reinterpret_cast<A*>(offsets + ceil_div(offset_channels * p.num_taps, 8) * 8);
-  const int64_t channel_places = p.outer ? ceil_div(p.block_channels, kWidth) * kWidth : p.block_channels;
+  int64_t* result_offsets = offsets + offset_channels * p.num_taps;
+  for (int64_t m = 0; m < p.block_results; ++m) result_offsets[m] = m;
+  A* packed = static_cast<A*>(scratch_) + p.offset_bytes() / int64_t(sizeof(A));
   A* grads = packed + p.block_groups * channel_places * planes.plane;
   const int64_t results = p.groups * p.group_results, sums_pitch = p.group_channels * p.num_taps;
   const int64_t blocks = p.image_blocks * p.row_blocks;
-  const int64_t result_splits = ceil_div(p.group_results, p.block_results);
-  const int64_t channel_splits = ceil_div(p.group_channels, p.block_channels);
   // The gradient's planes: the source's layout, without halo or phases.
   Planes grad_planes = planes;
   grad_planes.step_h = grad_planes.step_w = grad_planes.phases = 1;
@@ -719,38 +761,53 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
   grad_planes.plane = planes.plane / planes.phases;
 
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t slice = task / p.channel_blocks, rest = task % p.channel_blocks;
-    const int64_t channel_split = rest % channel_splits, result_split = rest / channel_splits % result_splits;
-    const int64_t group = rest / (channel_splits * result_splits) * p.block_groups;
-    const int64_t groups = least(p.block_groups, p.groups - group);
-    const int64_t c0 = channel_split * p.block_channels, channels = least(p.block_channels, p.group_channels - c0);
-    const int64_t m0 = result_split * p.block_results, count = least(p.block_results, p.group_results - m0);
+    const auto [slice, group, groups, m0, count, c0, channels] = p.task(task);
     const int64_t first = group * p.group_results + m0;  // of groups * count result channels in a row
     const int64_t source_channel = group * p.group_channels + c0;
-    A* sums = static_cast<A*>(p.weight_sums) + slice * results * sums_pitch;
-    A* bias_sums = p.bias_sums && channel_split == 0 ? static_cast<A*>(p.bias_sums) + slice * results : nullptr;
-    for (int64_t m = first; m < first + groups * count; ++m) {
-      if (p.outer)
-        for (int64_t t = 0; t < p.num_taps; ++t) zero(sums + m * sums_pitch + t * p.group_channels + c0, channels);
-      else
-        zero(sums + m * sums_pitch + c0 * p.num_taps, channels * p.num_taps);
-      if (bias_sums) bias_sums[m] = 0;
+    A* sums = static_cast<A*>(p.weight_sums) + (slice * results + group * p.group_results) * sums_pitch;
+    A* bias_sums = p.bias_sums && c0 == 0 ? static_cast<A*>(p.bias_sums) + slice * results + first : nullptr;
+    if (result_lanes) {
+      for (int64_t j = c0 * p.num_taps; j < (c0 + channels) * p.num_taps; ++j)
+        zero(sums + j * p.group_results + m0, count);
+    } else {
+      for (int64_t m = m0; m < m0 + groups * count; ++m)
+        if (channel_lanes)
+          for (int64_t t = 0; t < p.num_taps; ++t) zero(sums + m * sums_pitch + t * p.group_channels + c0, channels);
+        else
+          zero(sums + m * sums_pitch + c0 * p.num_taps, channels * p.num_taps);
     }
+    if (bias_sums) zero(bias_sums, groups * count);
 
     for (int64_t b = blocks * slice / p.slices; b < blocks * (slice + 1) / p.slices; ++b) {
       const Block block = block_of(planes, PoolShape{}, false, p.batch, p.rows, b / p.row_blocks, b % p.row_blocks);
-      if (p.outer) {
-        const int64_t grad_width = ceil_div(count, kLanes<A>) * kLanes<A>;
-        A* row = grads + grad_width * grad_planes.plane;
-        pack_positions<T>(p.source, planes, block, source_channel, channels, kWidth, packed, row);
+      if (channel_lanes || result_lanes) {
+        // The gradient's channels lie together where they are rows; where they are lanes, in a tile's share of them.
+        const int64_t grad_width = result_lanes ? lanes_together<A>(count) : ceil_div(count, kLanes<A>) * kLanes<A>;
+        const int64_t grad_runs = ceil_div(count, grad_width);
+        A* row = grads + grad_runs * grad_width * grad_planes.plane;
         pack_positions<T>(p.grad, grad_planes, block, first, count, grad_width, grads, row);
-        outer_block(grads, grad_width, count, packed, planes.plane, channels, offsets, p.num_taps, block, p.cols,
-                    planes.pitch, sums + first * sums_pitch + c0, sums_pitch, p.group_channels);
+        if (result_lanes) {
+          pack_planes<T>(p.source, planes, block, p.source.height, source_channel, channels, packed);
+          for (int64_t m = 0; m < count; m += grad_width)
+            outer_rows(packed, offsets, channels * p.num_taps, int64_t(1), grads + m * grad_planes.plane, grad_width,
+                       least(grad_width, count - m), block, p.cols, planes.pitch,
+                       sums + c0 * p.num_taps * p.group_results + m0 + m, p.group_results);
+        } else {
+          const int64_t width = lanes_together<A>(channels);
+          pack_positions<T>(p.source, planes, block, source_channel, channels, width, packed, row);
+          for (int64_t c = 0; c < channels; c += width)
+            for (int64_t t = 0; t < p.num_taps; ++t)
+              outer_rows(grads, result_offsets, count, grad_width, packed + c * planes.plane + offsets[t] * width,
+                         width, least(width, channels - c), block, p.cols, planes.pitch,
+                         sums + m0 * sums_pitch + t * p.group_channels + c0 + c, sums_pitch);
+        }
         if (bias_sums)
-          for (int64_t image = 0; image < block.images; ++image)
-            for (int64_t i = 0; i < block.rows; ++i)
-              add_positions(grads + (image * block.pitch_image + i * planes.pitch) * grad_width, grad_width, p.cols,
-                            bias_sums + first, count);
+          for (int64_t m = 0; m < count; m += grad_width)
+            for (int64_t image = 0; image < block.images; ++image)
+              for (int64_t i = 0; i < block.rows; ++i)
+                add_positions(
+                    grads + m * grad_planes.plane + (image * block.pitch_image + i * planes.pitch) * grad_width,
+                    grad_width, p.cols, bias_sums + m, least(grad_width, count - m));
         continue;
       }
       pack_planes<T>(p.source, planes, block, p.source.height, source_channel, groups * channels, packed);
@@ -762,8 +819,7 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
       for (int64_t g = 0; g < groups; ++g) {
         const A* grad = grads + g * count * grad_planes.plane;
         const A* source = packed + g * channels * planes.plane;
-        const int64_t m = first + g * count;
-        A* out = sums + m * sums_pitch + c0 * p.num_taps;
+        A* out = sums + (g * p.group_results + m0) * sums_pitch + c0 * p.num_taps;
         if (finite) {
           grad_block(grad, grad_planes.plane, count, source, offsets, channels * p.num_taps, 1, whole, planes.pitch,
                      out, sums_pitch);
@@ -773,14 +829,13 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
                        offsets, channels * p.num_taps, block.rows, p.cols, planes.pitch, out, sums_pitch);
         }
         if (bias_sums)
-          for (int64_t i = 0; i < count; ++i) bias_sums[m + i] += sum_run(grad + i * grad_planes.plane, whole);
+          for (int64_t i = 0; i < count; ++i) bias_sums[g * count + i] += sum_run(grad + i * grad_planes.plane, whole);
       }
     }
   }
 }
 
-// out[m][c][tap] = sum over slices, in order, of sums[slice][m][c][tap] ([slice][m][tap][c] where outer), for m in
-// [begin, end) of `results`.
+// out[m][c][tap] = sum over slices, in order, of `weight_sums`, for m in [begin, end).
 template <class T>
 void sum_slices(const TapGrad& p, void* out_, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
@@ -790,7 +845,7 @@ void sum_slices(const TapGrad& p, void* out_, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m)
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t t = 0; t < taps; ++t) {
-        const A* sums = static_cast<const A*>(p.weight_sums) + m * size + (p.outer ? t * channels + c : c * taps + t);
+        const A* sums = static_cast<const A*>(p.weight_sums) + p.sum_index(m, c, t);
         A total = sums[0];
         for (int64_t slice = 1; slice < p.slices; ++slice) total += sums[slice * all];
         out[m * size + c * taps + t] = from_accumulator<T>(total);

@@ -1,4 +1,4 @@
-// Interface of Winograd's convolution, torch-free: a TapConv whose taps are a 3 x 3 window moving by one.
+// Interface of Winograd's convolution, torch-free: a TapConv or TapGrad whose taps are a 3 x 3 window moving by one.
 #pragma once
 
 #include "cpu/kernels/conv2d.h"
@@ -12,7 +12,7 @@ constexpr int64_t kWinogradProducts = 16;
 struct WinogradConv {
   TapConv conv;                  // its planes give the geometry only, its weight is packed by pack_weight below
   int64_t tile_rows, tile_cols;  // of an image
-  int64_t block_tiles;           // a task's tiles, at most; a multiple of gemm_tiles
+  int64_t block_tiles;           // a task's tiles, at most; forward, a multiple of gemm_tiles
   int64_t group_runs;            // runs of gemm_results result channels in a group ...
   int64_t block_runs;            // ... and in a task, at most
   int64_t run_product;           // elements of a run's weights for one product
@@ -21,6 +21,19 @@ struct WinogradConv {
   int64_t tiles() const { return conv.batch * tile_rows * tile_cols; }
   int64_t splits() const { return (group_runs + block_runs - 1) / block_runs; }
   int64_t tasks() const { return (tiles() + block_tiles - 1) / block_tiles * conv.groups * splits(); }
+};
+
+// Result and source channels of a task of the weight's gradient: their sums take half of an L2 cache at most.
+constexpr int64_t kWinogradGradResults = 32, kWinogradGradChannels = 64;
+
+// The gradient of the weight, out of the same tiles of the source and 2 x 2 tiles of the result's gradient.
+struct WinogradGrad {
+  TapGrad grad;         // its sums are of the form position_lanes; it has no blocks of rows and images
+  WinogradConv source;  // what transforming a task's source channels takes: of its plan, the tiles
+  int64_t scratch;
+
+  int64_t blocks() const { return (source.tiles() + source.block_tiles - 1) / source.block_tiles; }
+  int64_t tasks() const { return grad.tasks(); }
 };
 
 struct WinogradKernels {
@@ -34,6 +47,8 @@ struct WinogradKernels {
   // Tasks [begin, end). False, at once, where a result is not finite: an infinity or NaN has then reached the other
   // results of its tile too, so that none of the call's results may be used.
   bool (*run[kNumDTypes])(const WinogradConv&, void* scratch, int64_t begin, int64_t end);
+  int64_t (*grad_scratch[kNumDTypes])(const WinogradGrad&);
+  bool (*run_grad[kNumDTypes])(const WinogradGrad&, void* scratch, int64_t begin, int64_t end);
 };
 
 const WinogradKernels& winograd_kernels();

@@ -14,14 +14,19 @@
 // Blocking: the transformed tiles of a block (64 bytes a tile and channel in float32) stay in the L2 cache while every
 // result channel's weights pass by, 64 bytes a pair of channels: weights are read from the outer caches once a block.
 //
+// The gradient of the weight is G^T [sum over tiles of (A dy A^T) * (B^T d B)] G: sixteen GEMMs that reduce over tiles.
+// A task takes a block of result and source channels, whose 16 sums a pair of channels stay in the L2 cache while
+// blocks of transformed tiles pass by, and turns them into 9 at its end: the transforms are linear, so slices of tiles
+// add up.
+//
 // Operations a tile of 2 x 2 results: 2 * 16 * C * M in the GEMMs, against 2 * 36 * C * M of the direct sum; 24 * C
 // additions for the input (neighbours share columns), 24 * M for the output. The transforms write and read 64 bytes of
 // cache a tile and channel on either side.
 
 #if FASTNN_VECTOR_BYTES == 64
-constexpr int kGemmTiles = 8;
+constexpr int kGemmTiles = 8, kGradResults = 8;
 #else
-constexpr int kGemmTiles = 6;
+constexpr int kGemmTiles = 6, kGradResults = 4;
 #endif
 constexpr int kGemmVectors = 2;
 constexpr int kLineVectors = 64 / FASTNN_VECTOR_BYTES;  // vectors in a cache line: source channels packed together
@@ -41,7 +46,7 @@ struct WinogradScratch {
   explicit WinogradScratch(const WinogradConv& w) {
     constexpr int64_t L = kLanes<A>, kWidth = kGemmVectors * L;
     channel_pitch = (w.conv.group_channels + L - 1) / L * L;
-    product = odd_lines(w.block_tiles * channel_pitch);
+    product = odd_lines((w.block_tiles + kGemmTiles - 1) / kGemmTiles * kGemmTiles * channel_pitch);
     sum = odd_lines(w.block_tiles * kWidth);
     products = 0;
     sums = products + kWinogradProducts * product;
@@ -411,9 +416,189 @@ bool run_winograd(const WinogradConv& w, void* scratch_, int64_t begin, int64_t 
   return true;
 }
 
+// ---- gradient of the weight ----
+
+// A dy A^T of `count` neighbouring tiles, one vector of channels: their two rows of the result's gradient.
+template <class A>
+void grad_products(const A* const* rows, int64_t count, A* out, int64_t pitch, int64_t product) {
+  constexpr int64_t kStep = kLineVectors * kLanes<A>;
+  for (int64_t tile = 0; tile < count; ++tile, out += pitch) {
+    const int64_t at = 2 * tile * kStep;
+    const Vec<A> a = load(rows[0] + at), b = load(rows[0] + at + kStep);
+    const Vec<A> c = load(rows[1] + at), d = load(rows[1] + at + kStep);
+    const Vec<A> left[4] = {a, a + c, a - c, -c}, right[4] = {b, b + d, b - d, -d};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      A* to = out + 4 * i * product;
+      store(to, left[i]);
+      store(to + product, left[i] + right[i]);
+      store(to + 2 * product, left[i] - right[i]);
+      store(to + 3 * product, -right[i]);
+    }
+  }
+}
+
+// grads[16][tile][result channel] of tiles [begin, end). `rows` holds two rows of the block.
+template <class T>
+void transform_grad(const WinogradGrad& g, int64_t m0, int64_t results, int64_t begin, int64_t end,
+                    Accumulator<T>* rows, Accumulator<T>* grads, int64_t pitch, int64_t product) {
+  constexpr int64_t L = kLanes<Accumulator<T>>, kStep = kLineVectors * L;
+  for (int64_t m = 0; m < results; m += kStep)
+    for (int64_t tile = begin, count; tile < end; tile += count) {
+      const TileRun run = tile_run(g.source, tile, end);
+      count = run.count;
+      for (int64_t v = m; v < m + kStep && v < results; v += L) {
+        Accumulator<T>* const at[2] = {rows + v - m, rows + v - m + 2 * g.source.block_tiles * kStep};
+        for (int64_t i = 0; i < 2; ++i)
+          pack_vectors<T>(g.grad.grad, run.n, m0 + v, int(results - v < L ? results - v : L), 2 * run.row + i,
+                          2 * run.col, 2 * count, at[i]);
+        grad_products<Accumulator<T>>(at, count, grads + (tile - begin) * pitch + v, pitch, product);
+      }
+    }
+}
+
+// sums[m][channel] += sum over tiles of grads[tile][m] * products[tile][channel], NM result channels and NV vectors.
+template <class A, int NM, int NV>
+FASTNN_INLINE void grad_gemm_tile(const A* grads, int64_t grad_pitch, const A* products, int64_t pitch, int64_t tiles,
+                                  A* sums) {
+  Vec<A> sum[NM][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < NM; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) sum[i][v] = load(sums + i * pitch + v * kLanes<A>);
+  for (int64_t tile = 0; tile < tiles; ++tile, grads += grad_pitch, products += pitch) {
+    Vec<A> b[NV];
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) b[v] = load(products + v * kLanes<A>);
+#pragma GCC unroll 8
+    for (int i = 0; i < NM; ++i) {
+      const Vec<A> a = splat(grads[i]);
+#pragma GCC unroll 3
+      for (int v = 0; v < NV; ++v) sum[i][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < NM; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < NV; ++v) store(sums + i * pitch + v * kLanes<A>, sum[i][v]);
+}
+
+// Of all result channels, padded to whole register tiles (the rest is not used), and all channels, padded to whole
+// vectors (`pitch`).
+template <class A>
+void grad_gemm(const A* grads, int64_t grad_pitch, const A* products, int64_t pitch, int64_t tiles, A* sums) {
+  for (int64_t c = 0, vectors; c < pitch; c += vectors * kLanes<A>) {
+    const int64_t left = (pitch - c) / kLanes<A>;
+    vectors = left == 4 ? 2 : left < 3 ? left : 3;  // four: see tile_vectors
+    for (int64_t m = 0; m < grad_pitch; m += kGradResults) {
+      A* to = sums + m * pitch + c;
+      if (vectors == 3)
+        grad_gemm_tile<A, kGradResults, 3>(grads + m, grad_pitch, products + c, pitch, tiles, to);
+      else if (vectors == 2)
+        grad_gemm_tile<A, kGradResults, 2>(grads + m, grad_pitch, products + c, pitch, tiles, to);
+      else
+        grad_gemm_tile<A, kGradResults, 1>(grads + m, grad_pitch, products + c, pitch, tiles, to);
+    }
+  }
+}
+
+// G^T of four values.
+template <class V>
+FASTNN_INLINE void three_taps(V s0, V s1, V s2, V s3, V* out) {
+  const V half = (s1 + s2) / 2;
+  out[0] = s0 + half, out[1] = (s1 - s2) / 2, out[2] = half + s3;
+}
+
+// The nine taps of one vector of channels from sums `product` apart, window row by window row.
+template <class A>
+FASTNN_INLINE void taps_of_sums(const A* sums, int64_t product, Vec<A>* taps) {
+  Vec<A> columns[4][3];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j)
+    three_taps(load(sums + j * product), load(sums + (4 + j) * product), load(sums + (8 + j) * product),
+               load(sums + (12 + j) * product), columns[j]);
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) three_taps(columns[0][i], columns[1][i], columns[2][i], columns[3][i], taps + 3 * i);
+}
+
+// Where a thread's scratch memory lies, in elements, behind that of the source's transform.
+template <class A>
+struct WinogradGradScratch {
+  int64_t grad_pitch, grad_product, sum, grads, sums, end;
+
+  WinogradGradScratch(const WinogradGrad& g, const WinogradScratch<A>& s) {
+    constexpr int64_t kPad = kGradResults < kLanes<A> ? kLanes<A> : kGradResults;
+    grad_pitch = (g.grad.block_results + kPad - 1) / kPad * kPad;
+    grad_product = odd_lines(g.source.block_tiles * grad_pitch);
+    sum = odd_lines(grad_pitch * s.channel_pitch);
+    grads = s.end;
+    sums = grads + kWinogradProducts * grad_product;
+    end = sums + kWinogradProducts * sum;
+  }
+};
+
+template <class T>
+bool run_winograd_grad(const WinogradGrad& g, void* scratch_, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  constexpr int64_t L = kLanes<A>;
+  const TapGrad& p = g.grad;
+  const WinogradScratch<A> s(g.source);
+  const WinogradGradScratch<A> at(g, s);
+  A *scratch = static_cast<A*>(scratch_), *products = scratch + s.products, *grads = scratch + at.grads;
+  A* const sums = scratch + at.sums;
+  for (int64_t task = begin; task < end; ++task) {
+    const auto [slice, group, groups, m0, results, c0, channels] = p.task(task);
+    const int64_t first_result = group * p.group_results + m0, all_results = p.groups * p.group_results;
+    WinogradConv source = g.source;
+    source.conv.group_channels = channels;
+    for (int64_t i = 0; i < at.sum * kWinogradProducts; ++i) sums[i] = 0;
+    A* bias_sums = p.bias_sums && c0 == 0 ? static_cast<A*>(p.bias_sums) + slice * all_results + first_result : nullptr;
+    Vec<A> bias[kWinogradGradResults / L + 1] = {};
+    for (int64_t b = g.blocks() * slice / p.slices; b < g.blocks() * (slice + 1) / p.slices; ++b) {
+      const int64_t first = b * source.block_tiles;
+      const int64_t last = first + source.block_tiles < source.tiles() ? first + source.block_tiles : source.tiles();
+      transform_input<T>(source, group * p.group_channels + c0, first, last, s, scratch);
+      transform_grad<T>(g, first_result, results, first, last, scratch + s.rows, grads, at.grad_pitch, at.grad_product);
+      for (int64_t k = 0; k < kWinogradProducts; ++k)
+        grad_gemm(grads + k * at.grad_product, at.grad_pitch, products + k * s.product, s.channel_pitch, last - first,
+                  sums + k * at.sum);
+      // Product (1, 1) of a tile of the gradient is the sum of the tile.
+      if (bias_sums)
+        for (int64_t tile = 0; tile < last - first; ++tile)
+          for (int64_t m = 0; m < results; m += L)
+            bias[m / L] += load(grads + 5 * at.grad_product + tile * at.grad_pitch + m);
+    }
+    Vec<A> check{};
+    for (int64_t m = 0; m < results; ++m) {
+      A* to = static_cast<A*>(p.weight_sums) + slice * all_results * p.group_channels * p.num_taps;
+      for (int64_t c = 0; c < channels; c += L) {
+        Vec<A> taps[9];
+        taps_of_sums(sums + m * s.channel_pitch + c, at.sum, taps);
+        for (int64_t t = 0; t < 9; ++t) {
+          const Vec<A> value = taps[p.taps[t].row * 3 + p.taps[t].col];
+          check += value * A(0);
+          for (int64_t i = 0; i < L && c + i < channels; ++i)
+            to[p.sum_index(first_result + m, c0 + c + i, t)] = value[i];
+        }
+      }
+    }
+    if (sum_lanes(check) != 0) return false;
+    if (bias_sums)
+      for (int64_t m = 0; m < results; m += L)
+        store_n(bias_sums + m, bias[m / L], int(results - m < L ? results - m : L));
+  }
+  return true;
+}
+
 template <class T>
 int64_t winograd_scratch(const WinogradConv& w) {
   return WinogradScratch<Accumulator<T>>(w).end * int64_t(sizeof(Accumulator<T>));
+}
+
+template <class T>
+int64_t winograd_grad_scratch(const WinogradGrad& g) {
+  using A = Accumulator<T>;
+  return WinogradGradScratch<A>(g, WinogradScratch<A>(g.source)).end * int64_t(sizeof(A));
 }
 
 #define FASTNN_ALL_DTYPES(function) {function<double>, function<float>, function<bf16>, function<f16>}
@@ -423,5 +608,7 @@ const WinogradKernels kWinogradKernels = {
     FASTNN_ALL_DTYPES(pack_products),
     FASTNN_ALL_DTYPES(winograd_scratch),
     FASTNN_ALL_DTYPES(run_winograd),
+    FASTNN_ALL_DTYPES(winograd_grad_scratch),
+    FASTNN_ALL_DTYPES(run_winograd_grad),
 };
 #undef FASTNN_ALL_DTYPES
