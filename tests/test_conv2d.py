@@ -322,10 +322,14 @@ POOLED = [(4, 1, 2, {"pool_kernel_size": (2, 3), "pool_stride": stride}) for str
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("operand", ["input", "weight"])
-def test_pool_of_infinities_and_nans(backend, operand, special, convolution, layout):
+def test_pool_of_infinities_and_nans(request, backend, operand, special, convolution, layout):
     """NaN wins its window, whichever element of several native chooses gets the gradient, and -inf loses to 0. In
     backward, infinity times a gradient of zero is NaN."""
     channels, kernel, groups, pool = convolution
+    if operand == "weight" and kernel > 1 and not backend.startswith("cpu"):
+        request.applymarker(
+            pytest.mark.xfail(strict=False, reason="GPU kernels multiply the zeros beside the gradient")
+        )
     x = integers(torch.float64, (2, channels, 12, 23))
     w = integers(torch.float64, (16, channels // groups, kernel, kernel))
     if operand == "input":

@@ -1,5 +1,6 @@
 // Glue of fastnn::conv2d, conv2d_relu_max_pool2d and conv2d_backward on CUDA devices: checks, output allocation, and
 // the problems (kernels/conv2d.h) that a call is made of.
+#include <algorithm>
 #include <array>
 #include <climits>
 #include <numeric>
@@ -27,6 +28,12 @@ void check_size(const char* op, const ConvShape& s) {
   STD_TORCH_CHECK(plane < INT_MAX / 2 && depth < INT_MAX / 2 && s.in_channels < INT_MAX && s.out_channels < INT_MAX, op,
                   ": an image of ", in_h, " x ", in_w, " or ", s.in_channels,
                   " channels is larger than the kernels take");
+}
+
+// The kernels take strides of 31 bits. Where one is longer than the plane there is one window, whatever it is.
+PoolShape short_strides(PoolShape pool, const ConvShape& s) {
+  pool.stride_h = std::min(pool.stride_h, s.out_h), pool.stride_w = std::min(pool.stride_w, s.out_w);
+  return pool;
 }
 
 ConvSource source_of(const Tensor& t) { return {t.data_ptr(), strides4(t), int(t.size(2)), int(t.size(3))}; }
@@ -81,7 +88,7 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, s
                                                   Ints pool_stride) {
   const char* op = "conv2d_relu_max_pool2d";
   const ConvShape s = conv_shape(op, input, weight, stride, padding, dilation, groups);
-  const PoolShape pool = pool_shape(op, s, pool_kernel_size, pool_stride);
+  const PoolShape pool = short_strides(pool_shape(op, s, pool_kernel_size, pool_stride), s);
   const DType dtype = dtype_of(input, op, "input");
   check_conv_bias(op, bias, input, s);
   check_size(op, s);
@@ -178,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
   grad.height = int(s.out_h), grad.width = int(s.out_w);
   if (pool_code) {
     grad.pool_code = static_cast<const uint8_t*>(pool_code->data_ptr()), grad.code_stride = strides4(*pool_code);
-    grad.pool = pool;
+    grad.pool = short_strides(pool, s);
   } else if (relu_output) {
     grad.relu_output = relu_output->data_ptr(), grad.relu_stride = strides4(*relu_output);
   }
