@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import conv2d, cross_entropy, machine, optim, relu, report, train
+from benchmarks import conv2d, cross_entropy, machine, optim, overhead, relu, report, train
 from benchmarks.harness import Row, Settings, measure
 
 SUITES: dict[str, Any] = {
@@ -23,6 +23,7 @@ SUITES: dict[str, Any] = {
     "relu": relu,
     "cross_entropy": cross_entropy,
     "optim": optim,
+    "overhead": overhead,
     "train": train,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

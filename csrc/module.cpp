@@ -1,13 +1,12 @@
 // fastnn._C: what was built and what is in use. The operators are not here: loading this library registers them as
-// torch.ops.fastnn.*. Only the optimizers' are also called from here, straight with Python lists
-// (common/python_lists.h).
+// torch.ops.fastnn.*. They are also called from here, past the dispatcher (common/python_tensors.h, python_lists.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "common/tensor_lists.h"
+#include "cpu/bindings.h"
 #include "cpu/isa.h"
-#include "cpu/optimizers.h"
 
 namespace {
 
@@ -30,6 +29,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_current_isa, pybind11::arg("isa"), "Switch the whole process to another available one.");
   m.def("num_threads", [] { return torch::stable::get_num_threads(); }, "Threads a kernel uses at most.");
   pybind11::register_exception<fastnn::NotCovered>(m, "NotCovered", PyExc_RuntimeError);
+  bind_conv2d(m);
+  bind_relu(m);
+  bind_cross_entropy(m);
   bind_adam(m);
   bind_sgd(m);
   current_isa();  // a bad FASTNN_CPU_ISA fails the import, not the first kernel

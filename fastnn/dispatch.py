@@ -231,6 +231,17 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
 # ---- the implementation ----
 
 _operators: dict[str, Callable[..., Any]] = {}
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_profiler_enabled = torch._C._autograd._profiler_enabled
+
+
+def entry(operator: str, tensor: Tensor) -> Callable[..., Any] | None:
+    """The compiled kernels' own entry point of ``operator``, if this call may go past torch's dispatcher: nothing that
+    watches operators there (a mode, a profiler) is on. It raises ``NotCovered`` where only the dispatcher will do."""
+    if not tensor.is_cpu or _dispatch_modes() or _function_modes() or _profiler_enabled() or forced() == "triton":
+        return None
+    return getattr(LIBRARIES["cpu"], operator, None)
 
 
 def kernel(operator: str) -> Callable[..., Any]:

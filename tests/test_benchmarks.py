@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn.nn.functional
 from benchmarks import __main__ as command
-from benchmarks import conv2d, cross_entropy, harness, machine, optim, relu, report
+from benchmarks import conv2d, cross_entropy, harness, machine, optim, overhead, relu, report
 from benchmarks.harness import (
     Case,
     Row,
@@ -189,6 +189,7 @@ TINY = {
     "cross_entropy": (cross_entropy, cross_entropy.Layer(6, 11)),
     "conv2d": (conv2d, conv2d.Layer(4, 4, 6, 3, batch=2, groups=2)),
     "conv2d+relu": (conv2d, conv2d.Layer(4, 4, 6, 3, batch=2, stride=2, fusion="relu")),
+    **{f"overhead of {layer.name}": (overhead, layer) for layer in overhead.LAYERS},
     "adam": (optim, optim.Layer("Adam", "small", ((3, 2), (5,)))),
     "sgd": (optim, optim.Layer("SGD", "small", ((3, 2), (5,)))),
 }

@@ -6,8 +6,10 @@ Inside a transform, calls are torch's own; a graph that was recorded outside of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as native
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastnn
@@ -219,11 +222,9 @@ TRANSFORMS: dict[str, Callable[[Function, Inputs], Any]] = {
 @pytest.mark.parametrize("op", OPS)
 def test_transforms(op: str, transform: str) -> None:
     ours, exact, inputs = OPS[op]
-    torch.testing.assert_close(
-        *(TRANSFORMS[transform](function, tuple(t.clone() for t in inputs)) for function in (ours, exact)),
-        rtol=1e-9,
-        atol=1e-11,
-    )
+    with fastnn.backend("cpu"):  # a ReLU of few elements too
+        found = [TRANSFORMS[transform](function, tuple(t.clone() for t in inputs)) for function in (ours, exact)]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
 
 
 # ---- autocast ----
@@ -244,7 +245,7 @@ def test_autocast(backend: str, op: str, lower: torch.dtype, given: torch.dtype,
     device = torch.empty(0).device
     found = []
     for function in OPS[op][:2]:
-        leaves = [t.to(device, given).requires_grad_() for t in OPS[op][2]]
+        leaves = [t.to(device, given, copy=True).requires_grad_() for t in OPS[op][2]]
         call = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
         torch._dynamo.reset()
         try:
@@ -289,3 +290,29 @@ def test_the_users_program_under_autocast(lower: torch.dtype, converted: bool, c
         assert ours.dtype is theirs.dtype is torch.float32
         error, bound = ((t - exact).norm() / exact.norm() for t in (ours, theirs))
         assert error <= max(1.5 * bound, 0.04)
+
+
+# ---- profilers ----
+
+OPERATORS = {
+    "conv2d": ["fastnn::conv2d", "fastnn::conv2d_backward"],
+    "conv2d_relu": ["fastnn::conv2d", "fastnn::conv2d_backward"],
+    "conv2d_relu_max_pool2d": ["fastnn::conv2d_relu_max_pool2d", "fastnn::conv2d_backward"],
+    "relu": ["fastnn::relu", "fastnn::relu_backward"],
+    "relu, in place": ["fastnn::relu_", "fastnn::relu_backward"],
+    "cross_entropy": ["fastnn::cross_entropy", "fastnn::cross_entropy_backward"],
+}
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_the_profilers_trace_has_every_operator_and_its_shapes(op: str, tmp_path: Path) -> None:
+    ours, inputs = OPS[op][0], [t.clone() for t in OPS[op][2]]
+    with fastnn.backend("cpu"), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        gradients(ours, tuple(inputs))
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    shapes = {e["name"]: e["args"]["Input Dims"] for e in events if e["name"].startswith("fastnn::")}
+    assert list(shapes) == OPERATORS[op]
+    forward, backward = shapes.values()
+    assert forward[: len(inputs)] == [list(t.shape) for t in inputs]
+    assert list(inputs[0].shape) in backward

@@ -5,6 +5,8 @@
 #include <atomic>
 
 #include "common/conv2d_call.h"
+#include "common/python_tensors.h"
+#include "cpu/bindings.h"
 #include "cpu/kernels/conv2d.h"
 #include "cpu/kernels/conv2d_depthwise.h"
 #include "cpu/kernels/conv2d_pointwise.h"
@@ -14,8 +16,6 @@
 
 namespace fastnn::cpu {
 namespace {
-
-using torch::headeronly::MemoryFormat;
 
 // A task's packed planes and its result panel, which share the L2 cache.
 constexpr int64_t kPlanesBytes = 256 << 10, kPanelBytes = 128 << 10;
@@ -34,9 +34,13 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> sizes, bool channels_last,
                 std::optional<ScalarType> dtype = std::nullopt) {
-  return with_huge_pages(torch::stable::empty({sizes.data(), 4}, dtype.value_or(like.scalar_type()), std::nullopt,
-                                              like.device(), std::nullopt,
-                                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (int64_t d : channels_last ? std::array<int64_t, 4>{1, 3, 2, 0} : std::array<int64_t, 4>{3, 2, 1, 0}) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  return with_huge_pages(empty_strided({sizes.data(), 4}, {strides.data(), 4}, dtype.value_or(like.scalar_type())));
 }
 
 // Every phase of the stride is a plan of its own.
@@ -759,18 +763,14 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
     grad.relu_stride = strides4(*relu_output);
   }
 
-  const auto none = [&] {
-    const int64_t zero = 0;
-    return torch::stable::empty({&zero, 1}, input.scalar_type(), std::nullopt, input.device());
-  };
+  const auto none = [&] { return empty({0}, input.scalar_type()); };
   Tensor input_result =
       output_mask[0] ? empty_4d(input, {s.batch, s.in_channels, s.in_h, s.in_w}, result_is_channels_last(input, weight))
                      : none();
   Tensor weight_result =
       output_mask[1] ? empty_4d(weight, {s.out_channels, s.group_in(), s.kernel_h, s.kernel_w}, false) : none();
   Tensor bias_result = none();
-  if (output_mask[2])
-    bias_result = torch::stable::empty({&s.out_channels, 1}, input.scalar_type(), std::nullopt, input.device());
+  if (output_mask[2]) bias_result = empty({s.out_channels}, input.scalar_type());
 
   if (grad_output.numel() == 0 || input.numel() == 0) {
     for (Tensor* t : {&input_result, &weight_result, &bias_result}) torch::stable::zero_(*t);
@@ -803,6 +803,12 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
 }
 
 }  // namespace
+
+void bind_conv2d(pybind11::module_& m) {
+  define_entry(m, "conv2d", &conv2d);
+  define_entry(m, "conv2d_relu_max_pool2d", &conv2d_relu_max_pool2d);
+  define_entry(m, "conv2d_backward", &conv2d_backward);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&conv2d));

@@ -7,6 +7,8 @@
 #include <tuple>
 
 #include "common/cross_entropy_call.h"
+#include "common/python_tensors.h"
+#include "cpu/bindings.h"
 #include "cpu/memory.h"
 
 namespace fastnn::cpu {
@@ -169,15 +171,17 @@ std::tuple<Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optio
   const double total = checked_total_weight(call, accumulator);
   const Tensor stats = empty({3 * args.rows + 1}, accumulator);
   write_scalar(total_weight_of(stats), accumulator, total);
-  const Tensor losses = empty(loss_shape(input), accumulator);
+  std::optional<Tensor> losses;
+  if (reduction == kNone) losses = empty(loss_shape(input), accumulator);
+  const Scratch<char> summed(losses ? 0 : args.rows * stats.element_size());
   args.row_stats = stats.data_ptr();
-  args.loss = losses.data_ptr();
+  args.loss = losses ? losses->data_ptr() : summed.get();
   if (args.rows > 0) {
     choose_layout(call);
     run_forward(call, dtype_of(input, "cross_entropy", "input"));
   }
 
-  if (reduction == kNone) return {contiguous_as(losses, input.scalar_type()), stats};
+  if (reduction == kNone) return {contiguous_as(*losses, input.scalar_type()), stats};
   const double sum = accumulator == ScalarType::Double ? sum_losses<double>(args) : sum_losses<float>(args);
   const Tensor output = empty({}, input.scalar_type());
   write_scalar(output.data_ptr(), input.scalar_type(), reduction == kMean ? sum / total : sum);
@@ -232,6 +236,11 @@ Tensor cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, s
 }
 
 }  // namespace
+
+void bind_cross_entropy(pybind11::module_& m) {
+  define_entry(m, "cross_entropy", &cross_entropy);
+  define_entry(m, "cross_entropy_backward", &cross_entropy_backward);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));

@@ -1,11 +1,10 @@
-// The optimizers' entry points of fastnn._C, and what their operators refuse.
+// What the optimizers' operators refuse.
 #pragma once
-
-#include <pybind11/pybind11.h>
 
 #include <optional>
 
 #include "common/check.h"
+#include "cpu/bindings.h"
 
 namespace fastnn::cpu {
 
@@ -15,8 +14,5 @@ inline void check_numbers(const char* op, const std::optional<Tensor>& lr_tensor
   STD_TORCH_CHECK(!lr_tensor && !grad_scale_tensor && !found_inf, op,
                   ": lr_tensor, grad_scale_tensor and found_inf are for CUDA tensors, expected None");
 }
-
-void bind_adam(pybind11::module_& m);
-void bind_sgd(pybind11::module_& m);
 
 }  // namespace fastnn::cpu

@@ -2,7 +2,9 @@
 #include "cpu/kernels/relu.h"
 
 #include "common/check.h"
+#include "common/python_tensors.h"
 #include "common/strides.h"
+#include "cpu/bindings.h"
 #include "cpu/memory.h"
 
 namespace fastnn::cpu {
@@ -63,6 +65,12 @@ Tensor relu_backward(Tensor grad_output, Tensor result) {
 }
 
 }  // namespace
+
+void bind_relu(pybind11::module_& m) {
+  define_entry(m, "relu", &relu);
+  define_entry(m, "relu_", &relu_);
+  define_entry(m, "relu_backward", &relu_backward);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("relu", TORCH_BOX(&relu));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +13,15 @@ from torch.nn.functional import *  # noqa: F403
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastnn import ops as _ops
-from fastnn.dispatch import log_once, use_kernels
+from fastnn.dispatch import forced, log_once, use_kernels
 
 IntPair = int | tuple[int, ...] | list[int]
 
 # A strided convolution splits its input into stride_h * stride_w phases; csrc/cpu/kernels/conv2d.h holds as many.
 MAX_CONV2D_PHASES = 64
+
+# Where a ReLU takes some microseconds, as long as a call through autograd.Function.
+MAX_FEW_ELEMENTS = 16 * 1024
 
 
 if not TYPE_CHECKING:
@@ -46,15 +50,23 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """``max(input, 0)`` elementwise, NaN kept. As :func:`torch.nn.functional.relu`.
 
     Args:
-        input: any shape and strides; float64, float32, bfloat16 or float16 on fastnn's kernels, others natively.
+        input: any shape and strides; float64, float32, bfloat16 or float16 on fastnn's kernels, others natively, and so
+            are tensors of up to 16384 elements, unless :func:`fastnn.backend` forces the kernels.
         inplace: write the result into ``input``.
     """
     if has_torch_function_unary(input):  # torch's own protocol, which fastnn.convert and torch.fx build on
         return handle_torch_function(native.relu, (input,), input, inplace=inplace)
     # torch.compile fuses its own ReLU into what stands beside it, and could not fuse an operator of ours.
-    if not use_kernels("relu", input) or torch.compiler.is_compiling() or (inplace and not _writable(input)):
+    if torch.compiler.is_compiling() or _few(input) or not use_kernels("relu", input):
+        return native.relu(input, inplace)
+    if inplace and not _writable(input):
         return native.relu(input, inplace)
     return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)
+
+
+def _few(input: Tensor) -> bool:
+    """Whether ReLU is native torch's for being small: it gives the same bits, by a call that costs less than ours."""
+    return forced() is None and isinstance(input, Tensor) and input.numel() <= MAX_FEW_ELEMENTS
 
 
 def _writable(input: Tensor) -> bool:
@@ -80,26 +92,28 @@ def _pair(value: object) -> list[int] | None:
     return None
 
 
-def _conv_geometry(
-    op: str,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+Geometry = tuple[list[int], list[int], list[int], int]
+
+
+def _geometry(
+    input: torch.Size,
+    weight: torch.Size,
+    bias: torch.Size | None,
     stride: IntPair,
     padding: str | IntPair,
     dilation: IntPair,
     groups: int,
-) -> tuple[list[int], list[int], list[int], int] | None:
-    """Stride, (top, left, bottom, right) padding, dilation and groups as the operators take them; None where the call
-    is not fastnn's to serve, a wrong one included: native torch then raises its own error."""
-    if weight is None or not use_kernels(op, input, weight, bias) or weight.dim() != 4 or input.dim() not in (3, 4):
+) -> Geometry | None:
+    """Stride, (top, left, bottom, right) padding, dilation and groups as the operators take them, of a convolution of
+    tensors of these shapes; None for a wrong one."""
+    if len(weight) != 4 or len(input) not in (3, 4):
         return None
     strides, dilations = _pair(stride), _pair(dilation)
     if strides is None or dilations is None or min(strides) < 1 or min(dilations) < 1:
         return None
     if not isinstance(groups, int) or groups < 1:
         return None
-    out_channels, in_channels, *kernel = weight.shape
+    out_channels, in_channels, *kernel = weight
     if isinstance(padding, str):
         if padding not in ("same", "valid") or (padding == "same" and strides != [1, 1]):
             return None
@@ -110,21 +124,38 @@ def _conv_geometry(
         if pair is None or min(pair) < 0:
             return None
         pads = pair + pair
-    if input.shape[-3] != in_channels * groups or out_channels % groups or 0 in weight.shape:
+    if input[-3] != in_channels * groups or out_channels % groups or 0 in weight:
         return None
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_channels):
+    if bias is not None and (len(bias) != 1 or bias[0] != out_channels):
         return None
     if min(_ops.conv2d.output_size(input, weight, strides, pads, dilations)) < 1:
-        return None
-    if strides[0] * strides[1] > MAX_CONV2D_PHASES:
-        log_once(op, f"stride {tuple(strides)} is larger than the kernels take")
         return None
     return strides, pads, dilations, groups
 
 
+_cached_geometry = functools.lru_cache(typed=True)(_geometry)
+
+
+def _conv_geometry(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Geometry | None:
+    """What ``_geometry`` finds; None where the call is not fastnn's to serve, a wrong one included: native torch then
+    raises its own error."""
+    if weight is None or not use_kernels(op, input, weight, bias):
+        return None
+    shapes = input.shape, weight.shape, None if bias is None else bias.shape
+    try:
+        geometry = (_geometry if torch.compiler.is_compiling() else _cached_geometry)(*shapes, *options)
+    except TypeError:  # lists are not hashable
+        geometry = _geometry(*shapes, *options)
+    if geometry is not None and geometry[0][0] * geometry[0][1] > MAX_CONV2D_PHASES:
+        log_once(op, f"stride {tuple(geometry[0])} is larger than the kernels take")
+        return None
+    return geometry
+
+
 def _conv2d(op: str, relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     """``conv2d`` or, with ``relu``, ``conv2d_relu``; ``options`` from stride on."""
-    input, weight, bias = _autocast(input, weight, bias)
+    if torch._C._is_any_autocast_enabled():
+        input, weight, bias = _autocast(input, weight, bias)
     geometry = _conv_geometry(op, input, weight, bias, *options)
     if geometry is None:
         result = native.conv2d(input, weight, bias, *options)
@@ -197,12 +228,13 @@ def conv2d_relu_max_pool2d(
 
     The other arguments, the result's memory format and the errors are those of :func:`conv2d`.
     """
-    input, weight, bias = _autocast(input, weight, bias)
+    if torch._C._is_any_autocast_enabled():
+        input, weight, bias = _autocast(input, weight, bias)
     geometry = _conv_geometry("conv2d_relu_max_pool2d", input, weight, bias, stride, padding, dilation, groups)
     window = _pair(pool_kernel_size)
     step = window if pool_stride is None else _pair(pool_stride)
     if geometry is not None and window is not None and step is not None and min(window + step) > 0:
-        size = _ops.conv2d.output_size(input, weight, *geometry[:3])
+        size = _ops.conv2d.output_size(input.shape, weight.shape, *geometry[:3])
         if window[0] <= size[0] and window[1] <= size[1] and window[0] * window[1] < 255:
             batch = input if input.dim() == 4 else input.unsqueeze(0)
             output, _ = _ops.conv2d.conv2d_relu_max_pool2d(batch, weight, bias, *geometry, window, step)
@@ -222,7 +254,7 @@ def _cross_entropy_covers(
     probabilities = target.is_floating_point()
     if not use_kernels("cross_entropy", input, weight, target if probabilities else None):
         return False
-    shape = input.shape
+    shape, target_shape = input.shape, target.shape
     dim = len(shape)
     classes = shape[1] if dim > 1 else shape[0] if dim == 1 else 0
     fits = classes > 0 and isinstance(ignore_index, int) and isinstance(label_smoothing, (int, float))
@@ -230,10 +262,11 @@ def _cross_entropy_covers(
     if weight is not None:
         fits = fits and weight.shape == (classes,) and not (weight.requires_grad and torch.is_grad_enabled())
     if probabilities:
-        fits = fits and target.shape == shape and ignore_index < 0
+        fits = fits and target_shape == shape and ignore_index < 0
     else:
-        fits = fits and target.shape == (shape[:1] + shape[2:] if dim > 1 else ())
-        fits = fits and type(target) is Tensor and target.device == input.device and target.layout is torch.strided
+        rows = target_shape[:1] == shape[:1] and target_shape[1:] == shape[2:] if dim > 1 else len(target_shape) == 0
+        fits = fits and rows and type(target) is Tensor and target.layout is torch.strided
+        fits = fits and (target.is_cpu if input.is_cpu else target.device == input.device)
         if target.dtype is torch.uint8:  # native torch takes it in only some of its paths
             fits = fits and dim <= 2 and not (weight is not None and label_smoothing > 0)
         else:
@@ -274,7 +307,8 @@ def cross_entropy(
         IndexError: a class index is out of range.
         RuntimeError, ValueError: as native torch, in its words.
     """
-    input, target, weight = _autocast(input, target, weight, to=torch.float32)
+    if torch._C._is_any_autocast_enabled():
+        input, target, weight = _autocast(input, target, weight, to=torch.float32)
     if not _cross_entropy_covers(input, target, weight, ignore_index, label_smoothing):
         return native.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing

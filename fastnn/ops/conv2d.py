@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastnn.ops.autograd import Function, differentiable, run
+from fastnn.ops.autograd import Function, differentiable
 from fastnn.ops.relu import relu_backward
 
 Ints = list[int]
+Shape = Sequence[int]
 
 
-def output_size(input: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
-    """Height and width of the convolution's result; padding is (top, left, bottom, right)."""
-    sizes, kernel = input.shape[-2:], weight.shape[-2:]
+def output_size(input: Shape, weight: Shape, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
+    """Height and width of the result of a convolution of these shapes; padding is (top, left, bottom, right)."""
+    sizes, kernel = input[-2:], weight[-2:]
     return [
         (sizes[d] + padding[d] + padding[d + 2] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)
     ]
@@ -37,7 +39,7 @@ def _conv2d_fake(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    size = output_size(input, weight, stride, padding, dilation)
+    size = output_size(input.shape, weight.shape, stride, padding, dilation)
     return input.new_empty([input.shape[0], weight.shape[0], *size]).to(memory_format=_memory_format(input, weight))
 
 
@@ -53,7 +55,7 @@ def _conv2d_relu_max_pool2d_fake(
     pool_kernel_size: Ints,
     pool_stride: Ints,
 ) -> tuple[Tensor, Tensor]:
-    size = output_size(input, weight, stride, padding, dilation)
+    size = output_size(input.shape, weight.shape, stride, padding, dilation)
     pooled = [(size[d] - pool_kernel_size[d]) // pool_stride[d] + 1 for d in range(2)]
     output = input.new_empty([input.shape[0], weight.shape[0], *pooled]).to(memory_format=_memory_format(input, weight))
     return output, torch.empty_like(output, dtype=torch.uint8)
@@ -85,12 +87,10 @@ def _conv2d_backward_fake(
 class Conv2dBackward(Function):
     """The gradients of input, weight and bias: bilinear, so their own gradients are convolutions again."""
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return run("conv2d_backward", *args)
+    operator = "conv2d_backward"
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         grad_output, input, weight, relu_output, pool_code, *ctx.geometry, pool_kernel, pool_stride, mask = inputs
         ctx.save_for_backward(grad_output, input, weight, relu_output, pool_code)
         ctx.pool, ctx.mask = (pool_kernel, pool_stride), mask
@@ -157,7 +157,7 @@ def _unmask(
         return relu_backward(grad_output, relu_output)
     if code is None:
         return grad_output
-    size = output_size(input, weight, *geometry[:3])
+    size = output_size(input.shape, weight.shape, *geometry[:3])
     index, alive = _pool_index(code, size[1], pool)
     planes = grad_output.shape[:2]
     zeros = grad_output.new_zeros([*planes, size[0] * size[1]])
@@ -221,12 +221,10 @@ def _conv2d_backward_in_torch(
 class Conv2d(Function):
     """``fastnn::conv2d``; saves input and weight, and where ReLU is fused its result."""
 
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return run("conv2d", *args)
+    operator = "conv2d"
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight, bias, *ctx.geometry, relu = inputs
         ctx.has_bias = bias is not None
         ctx.save_for_backward(input, weight, output if relu else None)
@@ -241,12 +239,10 @@ class Conv2d(Function):
 class Conv2dReLUMaxPool2d(Function):
     """``fastnn::conv2d_relu_max_pool2d``; saves input, weight and one byte a pooled element."""
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return run("conv2d_relu_max_pool2d", *args)
+    operator = "conv2d_relu_max_pool2d"
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         input, weight, bias, *ctx.geometry, pool_kernel_size, pool_stride = inputs
         ctx.has_bias = bias is not None
         ctx.pool = (pool_kernel_size, pool_stride)

@@ -66,12 +66,10 @@ def _gradient(
 class CrossEntropyBackward(Function):
     """The gradient of the logits. Its own gradient is that of torch's operators: right, and not meant to be fast."""
 
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return run("cross_entropy_backward", *args)
+    operator = "cross_entropy_backward"
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:5])
         ctx.options = inputs[5:]
 
@@ -94,6 +92,8 @@ class CrossEntropyBackward(Function):
 class CrossEntropy(Function):
     """The loss alone: the statistics stay behind, which costs less than one more output."""
 
+    operator = "cross_entropy"
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         output: Tensor
@@ -102,6 +102,13 @@ class CrossEntropy(Function):
         input, target, weight, *ctx.options = args
         ctx.save_for_backward(input, target, weight, stats)
         return output
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input, target, weight, *ctx.options = inputs
+        ctx.save_for_backward(input, target, weight, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -114,13 +121,6 @@ class CrossEntropy(Function):
         if ctx.needs_input_grad[1]:
             grad_target = _target_gradient(grad_output, input, weight, stats[-1], *ctx.options)
         return grad_input, grad_target, None, None, None, None
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, target, weight, *ctx.options = inputs
-    ctx.save_for_backward(input, target, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
 def _target_gradient(
@@ -145,7 +145,7 @@ def _target_gradient(
 
 
 cross_entropy_backward = differentiable("cross_entropy_backward", CrossEntropyBackward, in_torch=_gradient)
-_cross_entropy = differentiable("cross_entropy", CrossEntropy, _setup_context)
+_cross_entropy = differentiable("cross_entropy", CrossEntropy)
 
 
 def cross_entropy(*args: Any) -> Tensor:

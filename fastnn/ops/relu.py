@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.ops.autograd import Function, differentiable, needs_grad, not_differentiable, run
+from fastnn.dispatch import forced
+from fastnn.ops.autograd import Function, differentiable, needs_grad, not_differentiable
 
 torch.library.register_fake("fastnn::relu", torch.empty_like)
 torch.library.register_fake("fastnn::relu_", lambda self: None)
@@ -17,12 +18,10 @@ torch.library.register_fake("fastnn::relu_backward", lambda grad_output, result:
 class ReLUBackward(Function):
     """grad_output where not (result <= 0), else 0: linear in grad_output, so its own gradient is itself."""
 
-    @staticmethod
-    def forward(grad_output: Tensor, result: Tensor) -> Tensor:
-        return run("relu_backward", grad_output, result)
+    operator = "relu_backward"
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
@@ -32,12 +31,10 @@ class ReLUBackward(Function):
 
 
 class ReLU(Function):
-    @staticmethod
-    def forward(input: Tensor) -> Tensor:
-        return run("relu", input)
+    operator = "relu"
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(output)
 
     @staticmethod
@@ -47,15 +44,15 @@ class ReLU(Function):
 
 
 class ReLUInPlace(ReLU):
-    @staticmethod
-    def forward(input: Tensor) -> Tensor:
-        _relu_(input)
-        return input
+    operator = "relu_"
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.mark_dirty(output)
-        ctx.save_for_backward(output)
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        _relu_(input)
+        ctx.backend = forced()
+        ctx.mark_dirty(input)
+        ctx.save_for_backward(input)
+        return input
 
 
 relu_backward = differentiable(

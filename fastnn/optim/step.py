@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastnn.dispatch import _C, LIBRARIES, choice, log_once, use_kernels
-from fastnn.ops.autograd import run
+from fastnn.ops.autograd import run_dispatched
 
 
 class Numbers(NamedTuple):
@@ -137,7 +137,7 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
         if library is not None:  # straight from the lists, past the dispatcher
             getattr(library, f"{op}_")(*lists, *options, *numbers.on_device)
             return True
-        run(f"{op}_", *lists, *options, *numbers.on_device)
+        run_dispatched(f"{op}_", *lists, *options, *numbers.on_device)
     except (library or _C).NotCovered as refusal:
         log_once(op, str(refusal))
         return False

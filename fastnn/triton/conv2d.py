@@ -369,7 +369,7 @@ def _geometry(
         and all(input.shape[2 + d] + padding[d] + padding[2 + d] > dilation[d] * (kernel[d] - 1) for d in range(2)),
         f"{op}: weight of shape {list(weight.shape)} is larger than the padded input of shape {list(input.shape)}",
     )
-    size = [input.shape[0], results, *output_size(input, weight, stride, padding, dilation)]
+    size = [input.shape[0], results, *output_size(input.shape, weight.shape, stride, padding, dilation)]
     return Geometry(size, stride, padding, dilation, groups)
 
 
