@@ -97,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.set_num_threads(options.threads)
         torch.manual_seed(0)
         settings = Settings(options.device, quick=options.quick, compile_all=options.compile)
-        torch.backends.cudnn.benchmark = True  # native at its best: cuDNN tries its algorithms for every shape
+        if settings.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # native at its best: cuDNN tries its algorithms for every shape
         dtypes = [DTYPES[name] for name in options.dtype]
         run = machine.facts(options.device)
         run["settings"] = {name: getattr(options, name) for name in ("suite", "dtype", "quick", "compile", "thp")}

@@ -66,7 +66,10 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 def _few(input: Tensor) -> bool:
     """Whether ReLU is native torch's for being small: it gives the same bits, by a call that costs less than ours."""
-    return forced() is None and isinstance(input, Tensor) and input.numel() <= MAX_FEW_ELEMENTS
+    few = forced() is None and isinstance(input, Tensor) and input.numel() <= MAX_FEW_ELEMENTS
+    if few:
+        log_once("relu", f"a small tensor, of up to {MAX_FEW_ELEMENTS} elements, takes less time there")
+    return few
 
 
 def _writable(input: Tensor) -> bool:
