@@ -219,6 +219,16 @@ void run_tasks(const Plan& plan, Kernel kernel) {
   });
 }
 
+// The same of a kernel that says whether all it computed is finite. Whether all of them said so.
+template <class Plan, class Kernel>
+bool run_finite_tasks(const Plan& plan, Kernel kernel) {
+  std::atomic<bool> finite{true};
+  run_tasks(plan, [&](const Plan& p, void* scratch, int64_t begin, int64_t end) {
+    if (!kernel(p, scratch, begin, end)) finite = false;
+  });
+  return finite;
+}
+
 // ---- one channel a group ----
 
 constexpr int64_t kDepthwiseGrain = 16 << 10;        // elements a thread takes at the least
@@ -418,11 +428,7 @@ bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std:
       0, runs, std::max<int64_t>(1, kWinogradGrain / run_size), [&](int64_t begin, int64_t end) {
         kernels.pack_weight[dtype](w, weight.data_ptr(), strides.data(), packed.get(), begin, end);
       });
-  std::atomic<bool> finite{true};
-  run_tasks(w, [&](const WinogradConv& plan, void* scratch, int64_t begin, int64_t end) {
-    if (!kernels.run[dtype](plan, scratch, begin, end)) finite = false;
-  });
-  return finite;
+  return run_finite_tasks(w, kernels.run[dtype]);
 }
 
 // False where it is not for this problem.
@@ -451,11 +457,7 @@ bool run_winograd(const TapGrad& p, DType dtype, WinogradGrad& g) {
   g.grad = p;
   const WinogradKernels& kernels = winograd_kernels();
   g.scratch = kernels.grad_scratch[dtype](g);
-  std::atomic<bool> finite{true};
-  run_tasks(g, [&](const WinogradGrad& plan, void* scratch, int64_t begin, int64_t end) {
-    if (!kernels.run_grad[dtype](plan, scratch, begin, end)) finite = false;
-  });
-  return finite;
+  return run_finite_tasks(g, kernels.run_grad[dtype]);
 }
 
 // Not where the result reaches past the source.

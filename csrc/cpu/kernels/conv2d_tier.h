@@ -129,7 +129,7 @@ void read_rows(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int
 // `count` pixels of a row, step apart from column x on, of a source whose channels are contiguous: a pixel's channels
 // go to runs of `width`, padded to a vector, `run_pitch` apart.
 template <class T>
-void copy_pixels(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int64_t y, int64_t x, int64_t step,
+void read_pixels(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int64_t y, int64_t x, int64_t step,
                  int64_t count, Accumulator<T>* dst, int64_t width, int64_t run_pitch) {
   constexpr int L = kLanes<Accumulator<T>>;
   const T* src = static_cast<const T*>(s.data) + offset4(s.stride, n, c0, y, x);
@@ -533,7 +533,7 @@ void pack_positions(const ConvSource& s, const Planes& p, const Block& block, in
             zero(to + last * width, (p.pitch - last) * width);
           }
           if (inside)
-            copy_pixels<T>(s, block.n + image, c0, channels, y, columns.x, p.step_w, last - first,
+            read_pixels<T>(s, block.n + image, c0, channels, y, columns.x, p.step_w, last - first,
                            packed + (at + first) * width, width, positions * width);
           continue;
         }

@@ -23,7 +23,8 @@ struct WinogradConv {
   int64_t tasks() const { return (tiles() + block_tiles - 1) / block_tiles * conv.groups * splits(); }
 };
 
-// Result and source channels of a task of the weight's gradient: their sums take half of an L2 cache at most.
+// Result and source channels of a task of the weight's gradient: their sums take a quarter of an L2 cache (float64:
+// half).
 constexpr int64_t kWinogradGradResults = 32, kWinogradGradChannels = 64;
 
 // The gradient of the weight, out of the same tiles of the source and 2 x 2 tiles of the result's gradient.
