@@ -200,10 +200,12 @@ TINY = {
 def test_every_variant_of_a_suite_is_right(name):
     suite, layer = TINY[name]
     for case in suite.cases(layer, torch.float32, QUICK):
-        for result in measure(case, QUICK):
+        with fastnn.backend("cpu"):  # forced: a small ReLU would be native torch's
+            results = measure(case, QUICK)
+        for result in results:
             assert not result.ours.wrong
             assert not any(t.wrong for t in result.native)
-            assert result.ours.note is None or "small" in result.ours.note
+            assert result.ours.note is None
             assert result.ratio > 0
 
 
