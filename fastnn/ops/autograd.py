@@ -92,6 +92,7 @@ def differentiable(
     """
     op = getattr(torch.ops.fastnn, name).default
     torch.library.register_autograd(f"fastnn::{name}", function.backward, setup_context=function.save)
+    tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
     # Function.apply itself first binds the arguments by inspect.signature, ten times the cost of all the rest.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
@@ -100,7 +101,11 @@ def differentiable(
             return op(*args)
         if in_torch is not None and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
             return in_torch(*args)
-        return apply(*args) if needs_grad(*args) else run(name, *args)
+        if torch.is_grad_enabled():
+            for tensor in args[:tensors]:
+                if tensor is not None and tensor.requires_grad:
+                    return apply(*args)
+        return run(name, *args)
 
     call.__name__ = call.__qualname__ = name
     return call
