@@ -66,6 +66,11 @@ OPS: dict[str, tuple[Function, Function, Inputs]] = {
     "conv2d_relu": (F.conv2d_relu, native_conv2d_relu, CONV),
     "conv2d_relu_max_pool2d": (F.conv2d_relu_max_pool2d, native_conv2d_relu_max_pool2d, CONV),
     "relu": (F.relu, native.relu, (randn(3, 4),)),
+    "max_pool2d": (
+        partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
+        partial(native.max_pool2d, kernel_size=3, stride=1, padding=1),
+        (randn(2, 3, 4, 5),),
+    ),
     "relu, in place": (
         lambda x: F.relu(x * 2, inplace=True),
         lambda x: native.relu(x * 2, inplace=True),
@@ -304,6 +309,7 @@ OPERATORS = {
     "conv2d": ["fastnn::conv2d", "fastnn::conv2d_backward"],
     "conv2d_relu": ["fastnn::conv2d", "fastnn::conv2d_backward"],
     "conv2d_relu_max_pool2d": ["fastnn::conv2d_relu_max_pool2d", "fastnn::conv2d_backward"],
+    "max_pool2d": ["fastnn::max_pool2d", "fastnn::max_pool2d_backward"],
     "relu": ["fastnn::relu", "fastnn::relu_backward"],
     "relu, in place": ["fastnn::relu_", "fastnn::relu_backward"],
     "cross_entropy": ["fastnn::cross_entropy", "fastnn::cross_entropy_backward"],
