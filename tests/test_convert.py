@@ -18,7 +18,7 @@ import fastnn.nn
 import fastnn.optim
 from fastnn.convert import FusedConv2d, _Ahead
 
-pytestmark = pytest.mark.big
+pytestmark = [pytest.mark.big, pytest.mark.one_tier]
 
 
 def conv(inputs=3, outputs=4, **kwargs):

@@ -175,6 +175,7 @@ def test_what_native_serves(backend):
 GEOMETRY = ([3, 2], [2, 1], [1, 0], [1, 2])
 
 
+@pytest.mark.one_tier
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_opcheck(backend, requires_grad, layout):

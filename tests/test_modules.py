@@ -10,6 +10,8 @@ from torch import nn as native
 
 import fastnn.nn as nn
 
+pytestmark = pytest.mark.one_tier
+
 PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
 
 

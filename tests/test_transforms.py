@@ -235,13 +235,19 @@ def test_transforms(op: str, transform: str) -> None:
 # ---- autocast ----
 
 
+@pytest.mark.one_tier
 @pytest.mark.expects_native  # of float64, which autocast leaves alone, beside what it lowers
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("lower", "given", "compiled"),
     [
-        *((lower, given, False) for lower in (BFLOAT16, FLOAT16) for given in (FLOAT32, FLOAT64, BFLOAT16)),
-        (BFLOAT16, FLOAT32, True),
+        *((lower, FLOAT32, False) for lower in (BFLOAT16, FLOAT16)),
+        *(
+            pytest.param(lower, given, False, marks=pytest.mark.big)
+            for lower in (BFLOAT16, FLOAT16)
+            for given in (FLOAT64, BFLOAT16)
+        ),
+        pytest.param(BFLOAT16, FLOAT32, True, marks=pytest.mark.big),
     ],
     ids=str,
 )
