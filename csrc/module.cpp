@@ -33,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
   fastnn::bind_questions(m);
   bind_conv2d(m);
   bind_relu(m);
+  bind_max_pool2d(m);
   bind_cross_entropy(m);
   bind_adam(m);
   bind_sgd(m);
