@@ -16,6 +16,7 @@ from reference import (
     FLOATING,
     LAYOUTS,
     SLACK,
+    allow_tf32,
     conv2d_numpy,
     error,
     mostly_big,
@@ -184,12 +185,13 @@ def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
 NAMES = ("output", "grad_input", "grad_weight", "grad_bias")
 
 
-@given(case=CASES, dtype=st.sampled_from(FLOATING), seed=st.integers(0, 99), data=st.data())
+@given(case=CASES, dtype=st.sampled_from(FLOATING), tf32=st.booleans(), seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=120)
 @pytest.mark.parametrize("op", OPS)
-def test_integers_are_exact(backend, op, case, dtype, seed, data):
+def test_integers_are_exact(backend, op, case, dtype, tf32, seed, data):
     """On small integers no rounding hides a wrong index: results and gradients are float64's, rounded once."""
     torch.manual_seed(seed)
+    allow_tf32(tf32)
     kwargs = dict(case.kwargs)
     if op is CONV2D_RELU_MAX_POOL2D:
         # float64 for the output: the gradient takes a path that depends on it, so it must not be rounded.
@@ -396,9 +398,8 @@ def test_one_by_one_channels_last(backend, dtype, op, channels, results, size, s
         assert_same(a, e.to(dtype), name)
 
 
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(
+COMMON_LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+COMMON_LAYERS = pytest.mark.parametrize(
     ("op", "channels", "results", "size", "kwargs"),
     [
         pytest.param(CONV2D, 3, 24, (17, 18), {"padding": 1}, id="few channels"),
@@ -406,8 +407,14 @@ def test_one_by_one_channels_last(backend, dtype, op, channels, results, size, s
         pytest.param(CONV2D_RELU_MAX_POOL2D, 16, 72, (8, 9), {"padding": (1, 2)}, id="pooled"),
     ],
 )
-def test_common_layers(backend, op, channels, results, size, kwargs, layout, dtype):
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), [(dtype, False) for dtype in FLOATING] + [(torch.float32, True)], ids=str)
+@COMMON_LAYOUTS
+@COMMON_LAYERS
+def test_common_layers(backend, op, channels, results, size, kwargs, layout, dtype, tf32):
     """On small integers, so exactly: what each kernel is for, in both of its layouts and every dtype."""
+    allow_tf32(tf32)
     x, w, b = (integers(dtype, shape) for shape in [(2, channels, *size), (results, channels, 3, 3), (results,)])
     exact_inputs = tuple(map(to_float64, (x, w, b)))
     grad_output = LAYOUTS[layout](integers(dtype, tuple(op.native(*exact_inputs, **kwargs).shape)))
@@ -415,6 +422,36 @@ def test_common_layers(backend, op, channels, results, size, kwargs, layout, dty
     exact = values_and_gradients(partial(op.native, **kwargs), exact_inputs, to_float64(grad_output))
     for name, a, e in zip(NAMES, actual, exact, strict=True):
         assert_same(a, e.to(dtype), name)
+
+
+def rounded_to_tf32(t: Tensor) -> Tensor:
+    """To 11 significant bits, to nearest."""
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@COMMON_LAYOUTS
+@COMMON_LAYERS
+def test_tf32_where_torch_allows_it(backend, op, channels, results, size, kwargs, layout):
+    """Of rounded operands every product is exact, so the result is float64's of these to float32's accuracy."""
+    op = CONV2D if op is CONV2D_RELU_MAX_POOL2D else op  # which element is a window's maximum depends on the rounding
+    x, w = (normals(torch.float32, shape) for shape in [(2, channels, *size), (results, channels, 3, 3)])
+    grad_output = normals(torch.float32, tuple(op.native(x, w, **kwargs).shape))
+    multiplies_tf32 = x.is_cuda or backend == "cuda-emulated"
+    results = []
+    for tf32 in (False, True):
+        allow_tf32(tf32)
+        leaves = tuple(LAYOUTS[layout](t) for t in (x, w))
+        results.append(values_and_gradients(partial(op.ours, **kwargs), leaves, LAYOUTS[layout](grad_output)))
+        x_, w_, grad_ = (to_float64(rounded_to_tf32(t) if tf32 and multiplies_tf32 else t) for t in (x, w, grad_output))
+        exact = values_and_gradients(partial(op.native, **kwargs), (x_, w_), grad_)
+        magnitudes = values_and_gradients(partial(native.conv2d, **kwargs), (x_.abs(), w_.abs()), grad_.abs())
+        allowed = SLACK[torch.float32] * torch.finfo(torch.float32).eps
+        if tf32 and backend == "triton":  # which may round in another way
+            allowed += 2**-10
+        for name, r, e, magnitude in zip(NAMES, results[-1], exact, magnitudes, strict=False):
+            assert error(r, e, magnitude) <= allowed, f"TF32 {tf32}: {name}"
+    for name, in_float32, in_tf32 in zip(NAMES, *results, strict=False):
+        assert torch.equal(in_float32, in_tf32) != multiplies_tf32, name
 
 
 SOME_CASES = [
