@@ -70,6 +70,7 @@ clean:  ## remove what was built or written, but not .venv
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The environment: torch and what the build needs. Its checks come first, so that each says what is missing in one line.
+# Without bytecode: to write all of it takes pip a minute, and Python writes what is imported.
 $(VENV)/.torch: Makefile
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || \
 		$(call missing,Python 3.10 or newer is needed: install it or name it with make PYTHON=/path/to/python3)
@@ -83,12 +84,12 @@ $(VENV)/.torch: Makefile
 		$(call missing,$(FREE_GB) GB of free disk are needed in $(CURDIR))
 	@echo "fastnn: making $(VENV) with $(TORCH) (a large download, some minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -qq --disable-pip-version-check "$(TORCH)" numpy "setuptools>=77" wheel pybind11 ninja
+	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check "$(TORCH)" numpy "setuptools>=77" wheel pybind11 ninja
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(CPP)
 	@command -v $(CXX) >/dev/null || \
 		$(call missing,a C++17 compiler is needed: install g++ or name one with make CXX=/path/to/compiler)
 	@echo "fastnn: building the extension (some minutes)"
-	@$(BIN)/pip install -qq --disable-pip-version-check --no-build-isolation -e ".[examples,test,lint]"
+	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check --no-build-isolation -e ".[examples,test,lint]"
 	@touch $@

@@ -60,6 +60,7 @@ def extension(name: str, folders: list[str], macros: dict[str, str], **more) -> 
     flags += ["-fno-tree-loop-distribute-patterns"]  # or GCC makes calls of memset out of two-element loops
     flags += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
     flags += ["-Wno-unused-parameter", "-Wno-maybe-uninitialized"]  # torch's and GCC 12's own headers
+    flags += ["-g0"]  # Python's own flags have -g: a quarter of the compiler's time, and most of the library
     if SANITIZE:
         flags += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O1", "-fno-sanitize-recover=undefined"]
         more["extra_link_args"] = [f"-fsanitize={SANITIZE}"]

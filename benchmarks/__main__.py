@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import conv2d, cross_entropy, machine, optim, overhead, relu, report, train
+from benchmarks import conv2d, cross_entropy, machine, max_pool2d, optim, overhead, relu, report, train
 from benchmarks.harness import Row, Settings, measure
 
 SUITES: dict[str, Any] = {
     "conv2d": conv2d,
     "relu": relu,
+    "max_pool2d": max_pool2d,
     "cross_entropy": cross_entropy,
     "optim": optim,
     "overhead": overhead,

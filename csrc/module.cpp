@@ -31,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
   pybind11::register_exception<fastnn::NotCovered>(m, "NotCovered", PyExc_RuntimeError);
   bind_conv2d(m);
   bind_relu(m);
+  bind_max_pool2d(m);
   bind_cross_entropy(m);
   bind_adam(m);
   bind_sgd(m);

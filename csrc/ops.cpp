@@ -6,6 +6,15 @@ STABLE_TORCH_LIBRARY(fastnn, m) {
   m.def("relu_(Tensor(a!) self) -> ()");
   m.def("relu_backward(Tensor grad_output, Tensor result) -> Tensor");
 
+  // code: uint8, which element of its window each output is, row by row; 255 where a window has none.
+  m.def(
+      "max_pool2d(Tensor self, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode) "
+      "-> (Tensor output, Tensor code)");
+  // input_size: height and width of what was pooled.
+  m.def(
+      "max_pool2d_backward(Tensor grad_output, Tensor code, int[] input_size, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation) -> Tensor grad_input");
+
   // padding is (top, left, bottom, right); relu applies max(0, .) to the result.
   m.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "

@@ -95,6 +95,10 @@ def _relu(draw: Callable[..., Tensor]) -> list[Tensor]:
     return _with_gradients(F.relu, draw(3, 1001))
 
 
+def _max_pool2d(draw: Callable[..., Tensor]) -> list[Tensor]:
+    return _with_gradients(lambda x: F.max_pool2d(x, 3, 2, padding=1), draw(2, 5, 19, 23))
+
+
 def _cross_entropy(draw: Callable[..., Tensor]) -> list[Tensor]:
     x = draw(8, 50)
     return _with_gradients(lambda x: F.cross_entropy(x, x.argmin(1), label_smoothing=0.1), x)
@@ -113,6 +117,7 @@ def _optimizer(cls: Callable[..., torch.optim.Optimizer], draw: Callable[..., Te
 SELF_TEST: dict[str, Callable[[Callable[..., Tensor]], list[Tensor]]] = {
     "conv2d": _conv2d,
     "relu": _relu,
+    "max_pool2d": _max_pool2d,
     "cross_entropy": _cross_entropy,
     "adam": lambda draw: _optimizer(lambda p: fastnn.optim.Adam(p, lr=0.1, weight_decay=0.1, amsgrad=True), draw),
     "sgd": lambda draw: _optimizer(lambda p: fastnn.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), draw),

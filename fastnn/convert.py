@@ -38,6 +38,7 @@ from fastnn.nn.modules import convolve
 _SWAPS: dict[type, type] = {
     native.Conv2d: nn.Conv2d,
     native.ReLU: nn.ReLU,
+    native.MaxPool2d: nn.MaxPool2d,
     native.CrossEntropyLoss: nn.CrossEntropyLoss,
 }
 _OPTIMIZERS: dict[type, type] = {
@@ -73,11 +74,11 @@ class ConversionReport:
 def convert(model: native.Module | torch.optim.Optimizer, *, fold_batch_norm: bool = False) -> ConversionReport:
     """Puts a model or an optimizer on fastnn's kernels, in place: the same Parameters, hooks, state and results.
 
-    Every module whose class is exactly ``torch.nn.Conv2d``, ``ReLU`` or ``CrossEntropyLoss`` becomes fastnn's of that
-    name (a subclass of it). Where torch.fx shows that a Conv2d's result goes nowhere but into a ReLU, or into a ReLU
-    and a max-pool in either order, they run as one op, whether they are called as modules or as functions. The max-pool
-    must have no padding, dilation, ceil_mode or return_indices, and a window of at most 15 by 15. A result that a hook
-    sees is not fused, hooks registered later included; under torch.compile nothing is.
+    Every module whose class is exactly ``torch.nn.Conv2d``, ``ReLU``, ``MaxPool2d`` or ``CrossEntropyLoss`` becomes
+    fastnn's of that name (a subclass of it). Where torch.fx shows that a Conv2d's result goes nowhere but into a ReLU,
+    or into a ReLU and a max-pool in either order, they run as one op, whether they are called as modules or as
+    functions. The max-pool must have no padding, dilation, ceil_mode or return_indices, and a window of at most 15 by
+    15. A result that a hook sees is not fused, hooks registered later included; under torch.compile nothing is.
 
     ``forward`` is run once, on a copy that shares the Parameters and buffers, with symbolic arguments. Where it cannot
     be traced as a whole (control flow that depends on data), those of its submodules are. A model may be wrapped
@@ -256,7 +257,7 @@ _RELU = _Step("ReLU")
 _RELUS_IN_PLACE = (torch.relu_, Tensor.relu_, F.relu_)
 _RELUS = (native_functional.relu, torch.relu, Tensor.relu, F.relu, *_RELUS_IN_PLACE)
 _IDENTITY = _Step("Identity")  # of the search only: it returns the very tensor it is given
-_MAX_POOLS = (native_functional.max_pool2d, torch.max_pool2d)
+_MAX_POOLS = (native_functional.max_pool2d, torch.max_pool2d, F.max_pool2d)
 _LARGEST_WINDOW = 15
 _OTHER_MAX_POOL = _Step(f"a max-pool with padding, dilation, ceil_mode, indices or a window over {_LARGEST_WINDOW}")
 
@@ -315,7 +316,7 @@ def _step_of_module(module: native.Module) -> _Step | None:
     cls = _own_class(type(module))
     if cls in (native.ReLU, nn.ReLU):
         return _RELU
-    if cls is native.MaxPool2d:
+    if cls in (native.MaxPool2d, nn.MaxPool2d):
         arguments = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         return _max_pool(*(getattr(module, name) for name in arguments))
     if cls is native.Identity:

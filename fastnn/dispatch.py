@@ -33,6 +33,7 @@ BACKENDS = ("cpu", "cuda", "triton", "torch")
 OPERATORS = {
     "conv2d": ("conv2d", "conv2d_relu_max_pool2d", "conv2d_backward"),
     "relu": ("relu", "relu_", "relu_backward"),
+    "max_pool2d": ("max_pool2d", "max_pool2d_backward"),
     "cross_entropy": ("cross_entropy", "cross_entropy_backward"),
     "adam": ("adam_",),
     "sgd": ("sgd_",),
@@ -41,8 +42,8 @@ OPERATORS = {
 DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
 KERNELS = {
     "cpu": tuple(OPERATORS),
-    "cuda": tuple(OPERATORS),
-    "triton": tuple(OPERATORS),
+    "cuda": tuple(op for op in OPERATORS if op != "max_pool2d"),
+    "triton": tuple(op for op in OPERATORS if op != "max_pool2d"),
 }
 # Triton's interpreter takes CPU tensors, slowly: it is for tests, and is used only where it is forced.
 FORCED_DEVICES = {**DEVICES, "triton": (*DEVICES["triton"], "cpu")}

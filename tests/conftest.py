@@ -48,15 +48,29 @@ if "triton" in BACKENDS and not GPU:
     triton_interpreter.repair()
 
 
+def backend_of(item):
+    return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+
+
 def is_interpreted(item):
     """Triton's interpreter takes some 2 ms a kernel and 1 ms a program of its grid, the emulation of CUDA some 0.1 ms a
     block of threads: fewer examples, derivatives along random directions instead of every one, and none of the cases
     marked as big."""
-    slow = ("cuda-emulated",) if GPU else ("cuda-emulated", "triton")
-    return getattr(item, "callspec", None) and item.callspec.params.get("backend") in slow
+    return backend_of(item) in (("cuda-emulated",) if GPU else ("cuda-emulated", "triton"))
 
 
-def pytest_collection_modifyitems(items):
+def is_another_tier(item):
+    """On a CPU instruction set other than the fastest. What is above the kernels is the same on all of them: tests
+    marked one_tier run on the fastest only, and derivatives are checked along random directions on the others."""
+    return backend_of(item) in [name for name in BACKENDS[1:] if name.startswith("cpu-")]
+
+
+def pytest_collection_modifyitems(config, items):
+    def again(item):
+        return is_another_tier(item) and item.get_closest_marker("one_tier")
+
+    config.hook.pytest_deselected(items=[item for item in items if again(item)])
+    items[:] = [item for item in items if not again(item)]
     for item in items:
         if is_interpreted(item) and item.get_closest_marker("big"):
             item.add_marker(pytest.mark.skip(reason="big: minutes in Triton's interpreter and the emulation of CUDA"))
@@ -65,14 +79,14 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     with pytest.MonkeyPatch.context() as patch:
-        if is_interpreted(item):
+        if is_interpreted(item) or is_another_tier(item):
             for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
                 patch.setitem(check.__kwdefaults__, "fast_mode", True)
-            if hypothesis.is_hypothesis_test(item.obj):
-                settings = item.obj._hypothesis_internal_use_settings
-                examples = min(INTERPRETED_EXAMPLES, settings.max_examples)
-                fewer = hypothesis.settings(settings, max_examples=examples, phases=[hypothesis.Phase.generate])
-                patch.setattr(item.obj, "_hypothesis_internal_use_settings", fewer)
+        if is_interpreted(item) and hypothesis.is_hypothesis_test(item.obj):
+            settings = item.obj._hypothesis_internal_use_settings
+            examples = min(INTERPRETED_EXAMPLES, settings.max_examples)
+            fewer = hypothesis.settings(settings, max_examples=examples, phases=[hypothesis.Phase.generate])
+            patch.setattr(item.obj, "_hypothesis_internal_use_settings", fewer)
         return (yield)
 
 

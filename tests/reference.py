@@ -1,6 +1,8 @@
-"""What the tests compare with: float64 results, errors in units of rounding, and the layouts a tensor can come in."""
+"""What the tests compare with: float64 results, errors in units of rounding, and the layouts a tensor can come in; and
+which combinations of parameters they try."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,20 @@ from torch import Tensor
 def mostly_big(cases: Iterable[Any], *kept: int) -> list[Any]:
     """The cases as a test's parameters, all but those at the positions ``kept`` marked as big."""
     return [case if i in kept else pytest.param(case, marks=pytest.mark.big) for i, case in enumerate(cases)]
+
+
+def pairwise(*parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Of all combinations a few, in which each value of a parameter meets each value of every other parameter."""
+
+    def pairs(case: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
+        return set(combinations(enumerate(case), 2))
+
+    every = list(product(*(range(len(values)) for values in parameters)))
+    missing, chosen = set().union(*map(pairs, every)), []
+    while missing:
+        chosen.append(max(every, key=lambda case: len(pairs(case) & missing)))
+        missing -= pairs(chosen[-1])
+    return [tuple(values[i] for values, i in zip(parameters, case, strict=True)) for case in chosen]
 
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -17,6 +17,7 @@ def op_args(requires_grad=False):
     return (params, *state, steps, 0.1, 0.9, 0.99, 0.1, 1e-8, True, False, False, 2.0)
 
 
+@pytest.mark.one_tier
 def test_opcheck(backend):
     torch.library.opcheck(torch.ops.fastnn.adam_.default, op_args())
 

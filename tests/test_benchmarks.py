@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn.nn.functional
 from benchmarks import __main__ as command
-from benchmarks import conv2d, cross_entropy, harness, machine, optim, overhead, relu, report
+from benchmarks import conv2d, cross_entropy, harness, machine, max_pool2d, optim, overhead, relu, report
 from benchmarks.harness import (
     Case,
     Row,
@@ -187,6 +187,7 @@ def test_convolution_operations_are_pytorch_s_count(layer):
 TINY = {
     "relu": (relu, relu.Layer((3, 5))),
     "relu in place": (relu, relu.Layer((3, 5), inplace=True)),
+    "max_pool2d": (max_pool2d, max_pool2d.Layer(3, 9, (3, 2, 1), batch=2)),
     "cross_entropy": (cross_entropy, cross_entropy.Layer(6, 11)),
     "conv2d": (conv2d, conv2d.Layer(4, 4, 6, 3, batch=2, groups=2)),
     "conv2d+relu": (conv2d, conv2d.Layer(4, 4, 6, 3, batch=2, stride=2, fusion="relu")),

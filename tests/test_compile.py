@@ -68,7 +68,7 @@ def channels_last(*shape: int) -> Tensor:
 
 
 W, B, CLASS_WEIGHT = randn(4, 3, 3, 3), randn(4), randn(5).exp()
-POOLED, CONV, LOSS = {"conv2d_relu_max_pool2d"}, {"conv2d"}, {"cross_entropy"}
+POOLED, CONV, POOL, LOSS = {"conv2d_relu_max_pool2d"}, {"conv2d"}, {"max_pool2d"}, {"cross_entropy"}
 CALLS = {
     "relu": (F.relu, lambda n: (randn(n, 5),), set()),  # native's, which the compiler fuses
     "relu in place": (lambda x: F.relu(x * 2, inplace=True), lambda n: (randn(n, 5),), set()),
@@ -82,6 +82,7 @@ CALLS = {
     "conv2d, image sizes": (F.conv2d, lambda n: (randn(3, 8 + n, 9 * n), W, B), CONV),
     "conv2d_relu": (F.conv2d_relu, lambda n: (randn(n, 3, 8, 8), W, B), CONV),
     "conv2d_relu_max_pool2d": (F.conv2d_relu_max_pool2d, lambda n: (randn(n, 3, 8, 8), W, B), POOLED),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, 1), lambda n: (channels_last(n, 3, 9, 8),), POOL),
     "cross_entropy": (F.cross_entropy, lambda n: (randn(n, 5), torch.arange(n) % 5), LOSS),
     "cross_entropy, probabilities": (
         lambda x, t: F.cross_entropy(x, t, CLASS_WEIGHT, label_smoothing=0.1, reduction="none"),
@@ -95,6 +96,7 @@ CALLS = {
         lambda n: (randn(n, 3, 8, 8),),
         CONV,
     ),
+    "nn.MaxPool2d": (nn.MaxPool2d(2), lambda n: (randn(n, 3, 9, 8),), POOL),
     "nn.ConvReLU2d": (nn.ConvReLU2d(3, 4, 3, groups=1).double(), lambda n: (randn(n, 3, 8, 8),), CONV),
     "nn.ConvReLUMaxPool2d": (nn.ConvReLUMaxPool2d(3, 4, 3).double(), lambda n: (randn(n, 3, 8, 8),), POOLED),
     "nn.CrossEntropyLoss": (nn.CrossEntropyLoss(), lambda n: (randn(n, 5), torch.arange(n) % 5), LOSS),

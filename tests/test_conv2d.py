@@ -20,6 +20,7 @@ from reference import (
     conv2d_numpy,
     error,
     mostly_big,
+    pairwise,
     to_float64,
     values_and_gradients,
 )
@@ -322,7 +323,7 @@ POOLED = [(4, 1, 2, {"pool_kernel_size": (2, 3), "pool_stride": stride}) for str
 
 @pytest.mark.parametrize("convolution", mostly_big(POOLED, 1), ids=str)
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", mostly_big(["contiguous", "channels_last"], 0))
 @pytest.mark.parametrize("operand", ["input", "weight"])
 def test_pool_of_infinities_and_nans(request, backend, operand, special, convolution, layout):
     """NaN wins its window, whichever element of several native chooses gets the gradient, and -inf loses to 0. In
@@ -398,23 +399,23 @@ def test_one_by_one_channels_last(backend, dtype, op, channels, results, size, s
         assert_same(a, e.to(dtype), name)
 
 
-COMMON_LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-COMMON_LAYERS = pytest.mark.parametrize(
-    ("op", "channels", "results", "size", "kwargs"),
-    [
-        pytest.param(CONV2D, 3, 24, (17, 18), {"padding": 1}, id="few channels"),
-        pytest.param(CONV2D_RELU, 16, 40, (11, 12), {"stride": 2, "padding": 1}, id="strided"),
-        pytest.param(CONV2D_RELU_MAX_POOL2D, 16, 72, (8, 9), {"padding": (1, 2)}, id="pooled"),
-    ],
+COMMON_LAYERS = {
+    "few channels": (CONV2D, 3, 24, (17, 18), {"padding": 1}),
+    "strided": (CONV2D_RELU, 16, 40, (11, 12), {"stride": 2, "padding": 1}),
+    "pooled": (CONV2D_RELU_MAX_POOL2D, 16, 72, (8, 9), {"padding": (1, 2)}),
+}
+
+
+@pytest.mark.parametrize(
+    ("layer", "layout", "dtype"),
+    pairwise(list(COMMON_LAYERS), ["contiguous", "channels_last"], [*FLOATING, "TF32"]),
+    ids=str,
 )
-
-
-@pytest.mark.parametrize(("dtype", "tf32"), [(dtype, False) for dtype in FLOATING] + [(torch.float32, True)], ids=str)
-@COMMON_LAYOUTS
-@COMMON_LAYERS
-def test_common_layers(backend, op, channels, results, size, kwargs, layout, dtype, tf32):
+def test_common_layers(backend, layer, layout, dtype):
     """On small integers, so exactly: what each kernel is for, in both of its layouts and every dtype."""
-    allow_tf32(tf32)
+    op, channels, results, size, kwargs = COMMON_LAYERS[layer]
+    allow_tf32(dtype == "TF32")
+    dtype = torch.float32 if dtype == "TF32" else dtype
     x, w, b = (integers(dtype, shape) for shape in [(2, channels, *size), (results, channels, 3, 3), (results,)])
     exact_inputs = tuple(map(to_float64, (x, w, b)))
     grad_output = LAYOUTS[layout](integers(dtype, tuple(op.native(*exact_inputs, **kwargs).shape)))
@@ -429,10 +430,11 @@ def rounded_to_tf32(t: Tensor) -> Tensor:
     return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-@COMMON_LAYOUTS
-@COMMON_LAYERS
-def test_tf32_where_torch_allows_it(backend, op, channels, results, size, kwargs, layout):
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layer", COMMON_LAYERS)
+def test_tf32_where_torch_allows_it(backend, layer, layout):
     """Of rounded operands every product is exact, so the result is float64's of these to float32's accuracy."""
+    op, channels, results, size, kwargs = COMMON_LAYERS[layer]
     op = CONV2D if op is CONV2D_RELU_MAX_POOL2D else op  # which element is a window's maximum depends on the rounding
     x, w = (normals(torch.float32, shape) for shape in [(2, channels, *size), (results, channels, 3, 3)])
     grad_output = normals(torch.float32, tuple(op.native(x, w, **kwargs).shape))
@@ -532,9 +534,11 @@ DEPTHWISE_LAYOUTS = [
 
 
 @pytest.mark.big
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
-@pytest.mark.parametrize("layouts", DEPTHWISE_LAYOUTS, ids="-".join)
-@pytest.mark.parametrize("stride", [1, 2, 3, (1, 2), (2, 1), (4, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("stride", "layouts", "dtype"),
+    pairwise([1, 2, 3, (1, 2), (2, 1), (4, 5)], DEPTHWISE_LAYOUTS, FLOATING),
+    ids=str,
+)
 def test_depthwise(backend, stride, layouts, dtype):
     """Every tail of columns and channels, in every way to read and to interleave lines, with and without ReLU."""
     torch.manual_seed(0)
@@ -564,7 +568,7 @@ def test_depthwise(backend, stride, layouts, dtype):
                 assert_same(a, e.to(dtype), f"width {width} {name}")
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", mostly_big(["contiguous", "channels_last"], 1))
 @pytest.mark.parametrize("stride", [1, 2])
 def test_depthwise_padding_is_not_multiplied(backend, request, stride, layout):
     """An infinite weight or gradient meets no zero of the padding: what is not finite is so by the sum's own terms."""
@@ -654,7 +658,7 @@ def test_derivatives(backend, op, case):
 
 
 @pytest.mark.parametrize(
-    "pool", [{"pool_kernel_size": 3}, {"pool_kernel_size": (2, 3), "pool_stride": (1, 2)}], ids=str
+    "pool", mostly_big([{"pool_kernel_size": 3}, {"pool_kernel_size": (2, 3), "pool_stride": (1, 2)}], 1), ids=str
 )
 def test_pool_derivatives(backend, pool):
     """Also where windows overlap, so that one convolution output gets several gradients."""
@@ -704,6 +708,7 @@ def raw_calls() -> list[Any]:
     ]
 
 
+@pytest.mark.one_tier
 @pytest.mark.parametrize(("op", "arguments"), raw_calls())
 @pytest.mark.parametrize("requires_grad", mostly_big([False, True], 1))
 def test_opcheck(backend, op, arguments, requires_grad):
@@ -718,6 +723,7 @@ def test_opcheck(backend, op, arguments, requires_grad):
     torch.library.opcheck(op, args)
 
 
+@pytest.mark.one_tier
 @pytest.mark.parametrize(("op", "arguments"), raw_calls())
 def test_raw_operator_differentiates_or_raises(backend, op, arguments):
     args = list(arguments())
@@ -800,9 +806,9 @@ def test_saved_memory(backend, layout):
 # ---- layouts ----
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("input_layout", list(LAYOUTS))
+@pytest.mark.parametrize(
+    ("input_layout", "weight_layout", "groups"), pairwise(list(LAYOUTS), ["contiguous", "channels_last"], [1, 2, 4])
+)
 def test_output_layout_is_natives(backend, input_layout, weight_layout, groups):
     """channels_last if either the input or the weight is."""
     case = Case((2, 4, 6, 7), (8, 4 // groups, 3, 3), layouts=(input_layout, weight_layout, "contiguous"))

@@ -169,7 +169,7 @@ def test_against_float64(backend, dtype, problem):
 
 
 GRADCHECK_CASES = [
-    pytest.param(shape, layout, *options, marks=[pytest.mark.big] if number % 5 else [])
+    pytest.param(shape, layout, *options, marks=[pytest.mark.big] if number % 7 else [])
     for number, ((shape, layout), *options) in enumerate(
         itertools.product(
             [
@@ -211,6 +211,7 @@ def test_gradcheck(backend, shape, layout, probabilities, weighted, smoothing, r
     assert torch.autograd.gradgradcheck(loss, inputs, fast_mode=True)
 
 
+@pytest.mark.one_tier
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_opcheck(backend, reduction, probabilities):

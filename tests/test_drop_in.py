@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from reference import mostly_big
 from torch import Tensor
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
@@ -137,7 +138,8 @@ USES = [
 ]
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["layers", "fused"])
+@pytest.mark.one_tier
+@pytest.mark.parametrize("fused", mostly_big([False, True], 1), ids=["layers", "fused"])
 @pytest.mark.parametrize("use", USES)
 def test_values_and_gradients(backend, use: Callable[[torch.nn.Module, Tensor], Tensor], fused: bool):
     target = torch.tensor([0, 3])

@@ -10,6 +10,8 @@ from torch import nn as native
 
 import fastnn.nn as nn
 
+pytestmark = pytest.mark.one_tier
+
 PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
 
 
@@ -109,7 +111,7 @@ def test_relu(backend, inplace):
     assert repr(nn.ReLU(inplace)) == repr(native.ReLU(inplace))
 
 
-@pytest.mark.parametrize("name", ["Conv2d", "ReLU"])
+@pytest.mark.parametrize("name", ["Conv2d", "ReLU", "MaxPool2d"])
 def test_is_the_torch_class_with_its_signature(name):
     ours, theirs = getattr(nn, name), getattr(native, name)
     assert issubclass(ours, theirs)

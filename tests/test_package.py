@@ -97,10 +97,10 @@ def test_what_is_replaced():
     from fastnn.nn import functional
 
     assert functional is fastnn.nn.functional is not torch.nn.functional
-    for name in ("conv2d", "relu", "cross_entropy"):
+    for name in ("conv2d", "relu", "max_pool2d", "cross_entropy"):
         assert getattr(functional, name) is not getattr(torch.nn.functional, name)
     for module, native, names in (
-        (fastnn.nn, torch.nn, ("Conv2d", "ReLU", "CrossEntropyLoss")),
+        (fastnn.nn, torch.nn, ("Conv2d", "ReLU", "MaxPool2d", "CrossEntropyLoss")),
         (fastnn.optim, torch.optim, ("Adam", "AdamW", "SGD")),
     ):
         for name in names:

@@ -240,6 +240,7 @@ def test_result_written_to_before_backward(backend, misuse):
 # ---- the raw operators ----
 
 
+@pytest.mark.one_tier
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_opcheck(backend, requires_grad, layout):

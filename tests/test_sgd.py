@@ -20,6 +20,7 @@ def op_args(requires_grad=False):
     return (params, *state, [1], 0.1, 0.9, 0.1, 0.1, False, False, True, 2.0)
 
 
+@pytest.mark.one_tier
 def test_opcheck(backend):
     torch.library.opcheck(torch.ops.fastnn.sgd_.default, op_args())
 

@@ -47,6 +47,8 @@ def in_place_relu() -> tuple[Tensor, list[Tensor]]:
 CALLS: dict[str, Callable[[], tuple[Tensor, list[Tensor]]]] = {
     "relu": lambda: (F.relu(x := leaf(4, 64, 40, 41)), [x]),
     "relu_": in_place_relu,
+    "max_pool2d": lambda: (F.max_pool2d(x := leaf(4, 64, 40, 41), 3, 2, 1), [x]),
+    "max_pool2d channels_last": lambda: (F.max_pool2d(x := leaf(4, 64, 40, 41, channels_last=True), 2), [x]),
     "conv2d 3x3": lambda: conv(F.conv2d, leaf(4, 16, 40, 40), leaf(24, 16, 3, 3), padding=1),
     "conv2d 3x3 channels_last": lambda: conv(
         F.conv2d, leaf(4, 16, 40, 40, channels_last=True), leaf(24, 16, 3, 3), padding=1

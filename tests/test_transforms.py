@@ -66,6 +66,11 @@ OPS: dict[str, tuple[Function, Function, Inputs]] = {
     "conv2d_relu": (F.conv2d_relu, native_conv2d_relu, CONV),
     "conv2d_relu_max_pool2d": (F.conv2d_relu_max_pool2d, native_conv2d_relu_max_pool2d, CONV),
     "relu": (F.relu, native.relu, (randn(3, 4),)),
+    "max_pool2d": (
+        partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
+        partial(native.max_pool2d, kernel_size=3, stride=1, padding=1),
+        (randn(2, 3, 4, 5),),
+    ),
     "relu, in place": (
         lambda x: F.relu(x * 2, inplace=True),
         lambda x: native.relu(x * 2, inplace=True),
@@ -230,13 +235,19 @@ def test_transforms(op: str, transform: str) -> None:
 # ---- autocast ----
 
 
+@pytest.mark.one_tier
 @pytest.mark.expects_native  # of float64, which autocast leaves alone, beside what it lowers
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("lower", "given", "compiled"),
     [
-        *((lower, given, False) for lower in (BFLOAT16, FLOAT16) for given in (FLOAT32, FLOAT64, BFLOAT16)),
-        (BFLOAT16, FLOAT32, True),
+        *((lower, FLOAT32, False) for lower in (BFLOAT16, FLOAT16)),
+        *(
+            pytest.param(lower, given, False, marks=pytest.mark.big)
+            for lower in (BFLOAT16, FLOAT16)
+            for given in (FLOAT64, BFLOAT16)
+        ),
+        pytest.param(BFLOAT16, FLOAT32, True, marks=pytest.mark.big),
     ],
     ids=str,
 )
@@ -298,6 +309,7 @@ OPERATORS = {
     "conv2d": ["fastnn::conv2d", "fastnn::conv2d_backward"],
     "conv2d_relu": ["fastnn::conv2d", "fastnn::conv2d_backward"],
     "conv2d_relu_max_pool2d": ["fastnn::conv2d_relu_max_pool2d", "fastnn::conv2d_backward"],
+    "max_pool2d": ["fastnn::max_pool2d", "fastnn::max_pool2d_backward"],
     "relu": ["fastnn::relu", "fastnn::relu_backward"],
     "relu, in place": ["fastnn::relu_", "fastnn::relu_backward"],
     "cross_entropy": ["fastnn::cross_entropy", "fastnn::cross_entropy_backward"],

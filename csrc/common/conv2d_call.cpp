@@ -2,20 +2,10 @@
 
 #include <array>
 
+#include "common/strides.h"
+
 namespace fastnn {
 namespace {
-
-// Torch's suggest_memory_format: strides ascend in the order channel, column, row, batch; where the order is ambiguous,
-// as in N x C x 1 x 1, NCHW wins.
-bool is_channels_last(const Tensor& t) {
-  int64_t least = 0;
-  if (t.stride(1) == 0) return false;
-  for (int64_t d : {1, 3, 2, 0}) {
-    if (t.size(d) == 0 || t.stride(d) < least || (d == 0 && least == t.stride(1))) return false;
-    least = t.stride(d) * t.size(d);
-  }
-  return true;
-}
 
 int64_t out_size(int64_t in, int64_t pads, int64_t kernel, int64_t stride, int64_t dilation) {
   return (in + pads - dilation * (kernel - 1) - 1) / stride + 1;

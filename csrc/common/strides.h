@@ -1,4 +1,4 @@
-// How the glue of elementwise kernels tells whether tensors can be walked in storage order, side by side.
+// How the glue tells in which order the elements of tensors lie in memory.
 #pragma once
 
 #include "common/check.h"
@@ -32,6 +32,18 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] != 1 && a_strides[d] != b_strides[d]) return false;
+  return true;
+}
+
+// Of a 4-D tensor, torch's suggest_memory_format: strides ascend in the order channel, column, row, batch; where the
+// order is ambiguous, as in N x C x 1 x 1, NCHW wins.
+inline bool is_channels_last(const Tensor& t) {
+  int64_t least = 0;
+  if (t.stride(1) == 0) return false;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 0 || t.stride(d) < least || (d == 0 && least == t.stride(1))) return false;
+    least = t.stride(d) * t.size(d);
+  }
   return true;
 }
 

@@ -7,6 +7,7 @@ namespace fastnn::cpu {
 
 void bind_conv2d(pybind11::module_& m);
 void bind_relu(pybind11::module_& m);
+void bind_max_pool2d(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
 void bind_adam(pybind11::module_& m);
 void bind_sgd(pybind11::module_& m);

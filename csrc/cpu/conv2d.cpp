@@ -32,17 +32,6 @@ constexpr int64_t kSliceBytes = int64_t(64) << 20;  // all private weight gradie
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> sizes, bool channels_last,
-                std::optional<ScalarType> dtype = std::nullopt) {
-  std::array<int64_t, 4> strides;
-  int64_t stride = 1;
-  for (int64_t d : channels_last ? std::array<int64_t, 4>{1, 3, 2, 0} : std::array<int64_t, 4>{3, 2, 1, 0}) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
-  }
-  return with_huge_pages(empty_strided({sizes.data(), 4}, {strides.data(), 4}, dtype.value_or(like.scalar_type())));
-}
-
 // Every phase of the stride is a plan of its own.
 ConvShape few_phases(const char* op, const ConvShape& s) {
   STD_TORCH_CHECK(s.stride_h * s.stride_w <= kMaxPhases, op, ": stride is ", s.stride_h, " x ", s.stride_w,

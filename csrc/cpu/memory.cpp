@@ -1,5 +1,6 @@
 #include "cpu/memory.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "common/strides.h"
@@ -41,6 +42,16 @@ Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   }
   return empty_strided(sizes, strides, dtype);
+}
+
+Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> sizes, bool channels_last, std::optional<ScalarType> dtype) {
+  std::array<int64_t, 4> strides;
+  int64_t stride = 1;
+  for (int64_t d : channels_last ? std::array<int64_t, 4>{1, 3, 2, 0} : std::array<int64_t, 4>{3, 2, 1, 0}) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  return with_huge_pages(empty_strided({sizes.data(), 4}, {strides.data(), 4}, dtype.value_or(like.scalar_type())));
 }
 
 Tensor fresh_like(const Tensor& tensor) {

@@ -1,9 +1,11 @@
 // What the CPU glue shares: output memory and scratch memory.
 #pragma once
 
+#include <array>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 
 #include "common/check.h"
 
@@ -20,6 +22,10 @@ Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes, torch::head
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 // Of any strides, kept where they are dense.
 Tensor fresh_like(const Tensor& tensor);
+
+// NCHW or channels_last, with huge pages; dtype: that of `like`, unless given.
+Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> sizes, bool channels_last,
+                std::optional<ScalarType> dtype = std::nullopt);
 
 // Uninitialised scratch of one thread, aligned to a cache line.
 template <class T>

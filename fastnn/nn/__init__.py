@@ -1,5 +1,5 @@
-"""All of ``torch.nn``, with ``Conv2d``, ``ReLU`` and ``CrossEntropyLoss`` on fastnn's kernels, and the fused
-``ConvReLU2d`` and ``ConvReLUMaxPool2d``."""
+"""All of ``torch.nn``, with ``Conv2d``, ``ReLU``, ``MaxPool2d`` and ``CrossEntropyLoss`` on fastnn's kernels,
+and the fused ``ConvReLU2d`` and ``ConvReLUMaxPool2d``."""
 
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from fastnn.nn.loss import CrossEntropyLoss as CrossEntropyLoss
 from fastnn.nn.modules import Conv2d as Conv2d
 from fastnn.nn.modules import ConvReLU2d as ConvReLU2d
 from fastnn.nn.modules import ConvReLUMaxPool2d as ConvReLUMaxPool2d
+from fastnn.nn.modules import MaxPool2d as MaxPool2d
 from fastnn.nn.modules import ReLU as ReLU
 
 if TYPE_CHECKING:  # what the star leaves out

@@ -1,4 +1,5 @@
-"""All of ``torch.nn.functional``, with ``conv2d``, ``relu`` and ``cross_entropy`` on fastnn's kernels."""
+"""All of ``torch.nn.functional``, with ``conv2d``, ``relu``, ``max_pool2d`` and ``cross_entropy`` on fastnn's
+kernels."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ IntPair = int | tuple[int, ...] | list[int]
 
 # A strided convolution splits its input into stride_h * stride_w phases; csrc/cpu/kernels/conv2d.h holds as many.
 MAX_CONV2D_PHASES = 64
+
+MAX_POOL2D_WINDOW = 255  # elements: a byte says which one was chosen, and has one value more to say none
 
 # Where a ReLU takes some microseconds, as long as a call through autograd.Function.
 MAX_FEW_ELEMENTS = 16 * 1024
@@ -246,6 +249,68 @@ def conv2d_relu_max_pool2d(
             log_once("conv2d_relu_max_pool2d", f"a {window[0]} x {window[1]} window has over 254 elements")
     result = native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))
     return native.max_pool2d(result, pool_kernel_size, pool_stride)
+
+
+def _pool_geometry(
+    input: Tensor, kernel_size: IntPair, stride: IntPair | None, padding: IntPair, dilation: IntPair, ceil_mode: bool
+) -> tuple[list[int], ...] | None:
+    """Kernel size, stride, padding and dilation as the operator takes them; None where the call is not fastnn's to
+    serve, a wrong one included: native torch then raises its own error."""
+    window = _pair(kernel_size)
+    step = window if stride is None or stride in ((), []) else _pair(stride)
+    pads, dilations = _pair(padding), _pair(dilation)
+    if window is None or step is None or pads is None or dilations is None or not use_kernels("max_pool2d", input):
+        return None
+    if min(window + step + dilations) < 1 or min(pads) < 0 or input.dim() not in (3, 4) or 0 in input.shape[-3:]:
+        return None
+    if any(pads[d] > window[d] // 2 for d in range(2)):
+        return None
+    size = [*input.shape[-2:]]
+    if min(_ops.max_pool2d.output_size(size, window, step, pads, dilations, bool(ceil_mode))) < 1:
+        return None
+    if window[0] * window[1] > MAX_POOL2D_WINDOW:
+        log_once("max_pool2d", f"a {window[0]} x {window[1]} window has over {MAX_POOL2D_WINDOW} elements")
+        return None
+    return window, step, pads, dilations
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: IntPair,
+    stride: IntPair | None = None,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """The largest element of each window. As :func:`torch.nn.functional.max_pool2d`.
+
+    Backward keeps one byte an element of the result, where native torch keeps eight and the input.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), any strides; float64, float32, bfloat16 or float16 on fastnn's kernels (on the
+            CPU), others natively.
+        kernel_size: the window, an int or two, rows first; natively where it has over 255 elements.
+        stride: an int or two; None: ``kernel_size``.
+        padding: an int or two, at most half a window: infinitely negative elements on all sides.
+        dilation: an int or two.
+        ceil_mode: whether windows may hang over the lower and right end.
+        return_indices: also return where the elements were, natively.
+
+    Returns:
+        (N, C, H', W') or (C, H', W'), channels_last if ``input`` is; with ``return_indices`` a pair.
+
+    Raises:
+        RuntimeError: as torch raises it.
+    """
+    if not (return_indices or has_torch_function_unary(input)):
+        geometry = _pool_geometry(input, kernel_size, stride, padding, dilation, ceil_mode)
+        if geometry is not None:
+            batch = input if input.dim() == 4 else input.unsqueeze(0)
+            output, _ = _ops.max_pool2d.max_pool2d(batch, *geometry, bool(ceil_mode))
+            return output if input.dim() == 4 else output.squeeze(0)
+    pool: Any = native.max_pool2d
+    return pool(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 def _cross_entropy_covers(

@@ -1,5 +1,5 @@
-"""The modules over fastnn's convolution and ReLU. Each is a subclass of its ``torch.nn`` counterpart with the same
-signature and state_dict keys, so ``isinstance`` checks and saved weights carry over both ways."""
+"""The modules over fastnn's convolution, ReLU and max-pooling. Each is a subclass of its ``torch.nn`` counterpart with
+the same signature and state_dict keys, so ``isinstance`` checks and saved weights carry over both ways."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ class ReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(input, self.inplace)
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """:class:`torch.nn.MaxPool2d` on fastnn's kernels: ``(N, C, H, W)`` or ``(C, H, W)`` in, the same rank out.
+
+    float64, float32, bfloat16 and float16 run on the kernels, on the CPU; ``return_indices`` goes to native torch.
+    """
+
+    def forward(self, input: Tensor) -> Any:
+        max_pool2d: Any = F.max_pool2d
+        window = (self.kernel_size, self.stride, self.padding, self.dilation)
+        return max_pool2d(input, *window, ceil_mode=self.ceil_mode, return_indices=self.return_indices)
 
 
 class ConvReLU2d(Conv2d):

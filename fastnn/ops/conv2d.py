@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnn.ops import max_pool2d
 from fastnn.ops.autograd import Function, differentiable
 from fastnn.ops.relu import relu_backward
 
@@ -133,16 +134,6 @@ class Conv2dBackward(Function):
         return (of_grad_output, of_input, of_weight, *[None] * 9)
 
 
-def _pool_index(code: Tensor, width: int, pool: tuple[Ints, Ints]) -> tuple[Tensor, Tensor]:
-    """Flat index into rows of the convolution's result that each pooled element came from, and whether any did."""
-    (_, kernel_w), (stride_h, stride_w) = pool
-    alive = code != 255
-    element = torch.where(alive, code, 0).to(torch.int64)
-    rows = torch.arange(code.shape[2], device=code.device).view(-1, 1) * stride_h + element // kernel_w
-    cols = torch.arange(code.shape[3], device=code.device) * stride_w + element % kernel_w
-    return (rows * width + cols).flatten(2), alive
-
-
 def _unmask(
     grad_output: Tensor,
     input: Tensor,
@@ -158,10 +149,7 @@ def _unmask(
     if code is None:
         return grad_output
     size = output_size(input.shape, weight.shape, *geometry[:3])
-    index, alive = _pool_index(code, size[1], pool)
-    planes = grad_output.shape[:2]
-    zeros = grad_output.new_zeros([*planes, size[0] * size[1]])
-    return zeros.scatter_add(2, index, (grad_output * alive).reshape(index.shape)).view(*planes, *size)
+    return max_pool2d.spread(grad_output, code, size, *pool, [0, 0], [1, 1])
 
 
 def _mask(grad: Tensor, relu_output: Tensor | None, code: Tensor | None, pool: tuple[Ints, Ints]) -> Tensor:
@@ -170,8 +158,7 @@ def _mask(grad: Tensor, relu_output: Tensor | None, code: Tensor | None, pool: t
         return relu_backward(grad, relu_output)
     if code is None:
         return grad
-    index, alive = _pool_index(code, grad.shape[3], pool)
-    return grad.reshape(*grad.shape[:2], grad.shape[2] * grad.shape[3]).gather(2, index).view(code.shape) * alive
+    return max_pool2d.gather(grad, code, *pool, [0, 0], [1, 1])
 
 
 def _padded(input: Tensor, padding: Ints) -> Tensor:

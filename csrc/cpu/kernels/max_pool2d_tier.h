@@ -1,0 +1,280 @@
+// Max-pooling over 2-D windows, and its gradient; forward leaves a byte an output element for backward, where native
+// torch leaves an int64 index.
+//
+// Blocking: NCHW memory is pooled a vector of neighbouring outputs at a time; where windows are a stride of 2 apart,
+// two loads are put together to one vector of every second element. channels_last memory has the channels as lanes, all
+// that a window touches being vectors. Backward in channels_last gathers: every input pixel is written once, with the
+// sum of the outputs that chose it. In NCHW, 2 x 2 windows side by side are spread from registers; others are added up
+// in a plane of float32, which stays in the cache.
+// Bytes: forward reads the input and writes the output and its codes, backward the other way about; a compare and two
+// selects a window element. Memory-bound: at 2 x 2 a fifth of what native moves is indices, here a fiftieth.
+// Torch's conventions: of equal maxima the first is chosen, of several NaN the last.
+
+// The elements [first, last) along one side of a window at `origin` that lie inside the input.
+struct WindowSide {
+  int64_t first, last;
+};
+FASTNN_INLINE WindowSide inside(int64_t origin, int64_t kernel, int64_t dilation, int64_t size) {
+  return {origin < 0 ? ceil_div(-origin, dilation) : 0, least(kernel, ceil_div(size - origin, dilation))};
+}
+
+// Lane i is p[i * stride].
+template <int stride, class T>
+FASTNN_INLINE Vec<Accumulator<T>> load_strided(const T* p, int64_t any_stride) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  if constexpr (stride == 1) return load(p);
+  if constexpr (stride == 2) {
+    // The second vector ends at the last lane's element, not after it, where memory may end.
+    const Vec<A> low = load(p), high = load(p + L - 1);
+    Mask<A> every_second;
+    for (int i = 0; i < L; ++i) every_second[i] = 2 * i < L ? 2 * i : 2 * i + 1;
+    return __builtin_shuffle(low, high, every_second);
+  }
+  Vec<A> v{};
+  for (int i = 0; i < L; ++i) v[i] = to_accumulator(p[i * any_stride]);
+  return v;
+}
+
+// The largest so far and which element of its window it was, of a vector of outputs or of one.
+template <class V, class M>
+struct Largest {
+  V value;
+  M element;
+
+  FASTNN_INLINE void offer(V other, int which) {
+    const auto better = (other > value) | (other != other);
+    value = better ? other : value;
+    element = better ? M{} + which : element;
+  }
+};
+
+template <class T>
+FASTNN_INLINE void pool_one(const MaxPool2dShape& s, const T* plane, int64_t origin_y, WindowSide rows,
+                            int64_t origin_x, T* y, uint8_t* code) {
+  using A = Accumulator<T>;
+  const WindowSide cols = inside(origin_x, s.kernel_w, s.dilation_w, s.in_w);
+  Largest<A, int> largest{-A(__builtin_inf()), kPoolNone};
+  if (rows.first < rows.last && cols.first < cols.last) largest.element = int(rows.first * s.kernel_w + cols.first);
+  for (int64_t i = rows.first; i < rows.last; ++i)
+    for (int64_t j = cols.first; j < cols.last; ++j)
+      largest.offer(to_accumulator(plane[(origin_y + i * s.dilation_h) * s.in_w + origin_x + j * s.dilation_w]),
+                    int(i * s.kernel_w + j));
+  *y = from_accumulator<T>(largest.value);
+  *code = uint8_t(largest.element);
+}
+
+template <int stride_w, class T>
+void max_pool_planes_strided(const MaxPool2dShape& s, const T* x, T* y, uint8_t* code, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  // Outputs [inner, inner_end) have whole windows.
+  const int64_t inner = least(s.out_w, ceil_div(s.pad_w, s.stride_w));
+  const int64_t room = s.in_w + s.pad_w - (s.kernel_w - 1) * s.dilation_w;
+  const int64_t inner_end = most(inner, least(s.out_w, ceil_div(room, s.stride_w)));
+  for (int64_t row = begin; row < end; ++row) {
+    const T* plane = x + row / s.out_h * s.in_h * s.in_w;
+    T* out = y + row * s.out_w;
+    uint8_t* out_code = code + row * s.out_w;
+    const int64_t origin_y = row % s.out_h * s.stride_h - s.pad_h;
+    const WindowSide rows = inside(origin_y, s.kernel_h, s.dilation_h, s.in_h);
+    for (int64_t ox = 0; ox < s.out_w;) {
+      if (ox < inner || ox >= inner_end || inner_end - inner < L || rows.first >= rows.last) {
+        pool_one(s, plane, origin_y, rows, ox * s.stride_w - s.pad_w, out + ox, out_code + ox);
+        ++ox;
+        continue;
+      }
+      ox = least(ox, inner_end - L);  // the last vector may begin inside the one before
+      const T* window = plane + (origin_y + rows.first * s.dilation_h) * s.in_w + ox * s.stride_w - s.pad_w;
+      Largest<Vec<A>, Mask<A>> largest{splat(-A(__builtin_inf())), Mask<A>{} + int(rows.first * s.kernel_w)};
+      for (int64_t i = rows.first; i < rows.last; ++i, window += s.dilation_h * s.in_w)
+        for (int64_t j = 0; j < s.kernel_w; ++j)
+          largest.offer(load_strided<stride_w>(window + j * s.dilation_w, s.stride_w), int(i * s.kernel_w + j));
+      store(out + ox, largest.value);
+      store_bytes(out_code + ox, largest.element);
+      ox += L;
+    }
+  }
+}
+
+template <class T>
+void max_pool_planes(const MaxPool2dShape& s, const void* x_, void* y_, uint8_t* code, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(x_);
+  T* y = static_cast<T*>(y_);
+  if (s.stride_w == 1) return max_pool_planes_strided<1>(s, x, y, code, begin, end);
+  if (s.stride_w == 2) return max_pool_planes_strided<2>(s, x, y, code, begin, end);
+  max_pool_planes_strided<0>(s, x, y, code, begin, end);
+}
+
+// kLanes<A> codes, a lane each.
+template <class A>
+FASTNN_INLINE Mask<A> load_codes(const uint8_t* p) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
+  Bytes bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Mask<A>);
+}
+
+// Two rows of a plane's gradient from one of its 2 x 2 windows' side by side.
+template <class T>
+FASTNN_INLINE void spread_row(const T* grad_y, const uint8_t* code, T* grad_x, int64_t in_w, int64_t out_w) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  Mask<A> low, high;
+  for (int i = 0; i < L; ++i) low[i] = i / 2 + i % 2 * L, high[i] = low[i] + L / 2;
+  int64_t ox = 0;
+  for (; ox + L <= out_w; ox += L) {
+    const Vec<A> grad = load(grad_y + ox), zero{};
+    const Mask<A> element = load_codes<A>(code + ox);
+    for (int i = 0; i < 2; ++i) {
+      const Vec<A> left = element == 2 * i ? grad : zero, right = element == 2 * i + 1 ? grad : zero;
+      store(grad_x + i * in_w + 2 * ox, __builtin_shuffle(left, right, low));
+      store(grad_x + i * in_w + 2 * ox + L, __builtin_shuffle(left, right, high));
+    }
+  }
+  const T zero = from_accumulator<T>(0);
+  for (; ox < out_w; ++ox)
+    for (int e = 0; e < 4; ++e) grad_x[e / 2 * in_w + 2 * ox + e % 2] = code[ox] == e ? grad_y[ox] : zero;
+  if (2 * out_w < in_w)
+    for (int i = 0; i < 2; ++i) grad_x[i * in_w + 2 * out_w] = zero;
+}
+
+template <class T>
+void max_pool_planes_backward(const MaxPool2dShape& s, const void* grad_y_, const uint8_t* code, void* grad_x_,
+                              float* scratch, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  constexpr bool kInPlace = sizeof(A) == sizeof(T);
+  const int64_t in = s.in_h * s.in_w, out = s.out_h * s.out_w;
+  const bool side_by_side = s.kernel_h == 2 && s.kernel_w == 2 && s.stride_h == 2 && s.stride_w == 2 && s.pad_h == 0 &&
+                            s.pad_w == 0 && s.dilation_h == 1 && s.dilation_w == 1 && s.out_h == s.in_h / 2 &&
+                            s.out_w == s.in_w / 2;
+  for (int64_t p = begin; p < end; ++p) {
+    const T* grad_y = static_cast<const T*>(grad_y_) + p * out;
+    const uint8_t* codes = code + p * out;
+    T* grad_x = static_cast<T*>(grad_x_) + p * in;
+    if (side_by_side) {
+      for (int64_t oy = 0; oy < s.out_h; ++oy)
+        spread_row(grad_y + oy * s.out_w, codes + oy * s.out_w, grad_x + 2 * oy * s.in_w, s.in_w, s.out_w);
+      __builtin_memset(grad_x + 2 * s.out_h * s.in_w, 0, size_t(s.in_h % 2 * s.in_w) * sizeof(T));
+      continue;
+    }
+    A* sum = reinterpret_cast<A*>(scratch);
+    if constexpr (kInPlace) sum = grad_x;
+    __builtin_memset(sum, 0, size_t(in) * sizeof(A));
+    for (int64_t oy = 0; oy < s.out_h; ++oy)
+      for (int64_t ox = 0; ox < s.out_w; ++ox) {
+        const int64_t o = oy * s.out_w + ox;
+        if (codes[o] >= s.kernel_h * s.kernel_w) continue;
+        const int64_t row = oy * s.stride_h - s.pad_h + codes[o] / s.kernel_w * s.dilation_h;
+        const int64_t col = ox * s.stride_w - s.pad_w + codes[o] % s.kernel_w * s.dilation_w;
+        // Always so of codes from forward.
+        if (row >= 0 && row < s.in_h && col >= 0 && col < s.in_w) sum[row * s.in_w + col] += to_accumulator(grad_y[o]);
+      }
+    if constexpr (!kInPlace)
+      for (int64_t i = 0; i < in; ++i) grad_x[i] = from_accumulator<T>(sum[i]);
+  }
+}
+
+// ---- channels_last ----
+
+template <class T>
+void max_pool_pixels(const MaxPool2dShape& s, const void* x_, void* y_, uint8_t* code, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  const T* x = static_cast<const T*>(x_);
+  T* y = static_cast<T*>(y_) + begin * s.out_w * s.channels;
+  code += begin * s.out_w * s.channels;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* image = x + row / s.out_h * s.in_h * s.in_w * s.channels;
+    const int64_t origin_y = row % s.out_h * s.stride_h - s.pad_h;
+    const WindowSide rows = inside(origin_y, s.kernel_h, s.dilation_h, s.in_h);
+    for (int64_t ox = 0; ox < s.out_w; ++ox, y += s.channels, code += s.channels) {
+      const int64_t origin_x = ox * s.stride_w - s.pad_w;
+      const WindowSide cols = inside(origin_x, s.kernel_w, s.dilation_w, s.in_w);
+      const bool any = rows.first < rows.last && cols.first < cols.last;
+      const int first = any ? int(rows.first * s.kernel_w + cols.first) : int(kPoolNone);
+      for (int64_t c = 0; c < s.channels; c += L) {
+        const int lanes = int(least(L, s.channels - c));
+        Largest<Vec<A>, Mask<A>> largest{splat(-A(__builtin_inf())), Mask<A>{} + first};
+        for (int64_t i = rows.first; i < rows.last; ++i)
+          for (int64_t j = cols.first; j < cols.last; ++j) {
+            const int64_t pixel = (origin_y + i * s.dilation_h) * s.in_w + origin_x + j * s.dilation_w;
+            const T* p = image + pixel * s.channels + c;
+            largest.offer(lanes == L ? load(p) : load_n(p, lanes), int(i * s.kernel_w + j));
+          }
+        if (lanes == L) {
+          store(y + c, largest.value);
+          store_bytes(code + c, largest.element);
+        } else {
+          store_n(y + c, largest.value, lanes);
+          for (int i = 0; i < lanes; ++i) code[c + i] = uint8_t(largest.element[i]);
+        }
+      }
+    }
+  }
+}
+
+// Along one side, the outputs whose windows an input element is in, and which element of each it is: at most a window's
+// worth.
+struct Windows {
+  int count;
+  int64_t output[kPoolNone];
+  int element[kPoolNone];
+};
+FASTNN_INLINE void find_windows(Windows* w, int64_t in, int64_t pad, int64_t kernel, int64_t stride, int64_t dilation,
+                                int64_t out) {
+  w->count = 0;
+  for (int64_t element = 0; element < kernel; ++element) {
+    const int64_t start = in + pad - element * dilation;
+    if (start < 0) break;
+    if (start % stride || start / stride >= out) continue;
+    w->output[w->count] = start / stride;
+    w->element[w->count++] = int(element);
+  }
+}
+
+template <class T>
+void max_pool_pixels_backward(const MaxPool2dShape& s, const void* grad_y_, const uint8_t* code, void* grad_x_,
+                              int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  T* grad_x = static_cast<T*>(grad_x_) + begin * s.in_w * s.channels;
+  Windows rows, cols;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t image = row / s.in_h * s.out_h * s.out_w * s.channels;
+    const T* grad_y = static_cast<const T*>(grad_y_) + image;
+    const uint8_t* codes = code + image;
+    find_windows(&rows, row % s.in_h, s.pad_h, s.kernel_h, s.stride_h, s.dilation_h, s.out_h);
+    for (int64_t ix = 0; ix < s.in_w; ++ix, grad_x += s.channels) {
+      find_windows(&cols, ix, s.pad_w, s.kernel_w, s.stride_w, s.dilation_w, s.out_w);
+      for (int64_t c = 0; c < s.channels; c += L) {
+        const int lanes = int(least(L, s.channels - c));
+        Vec<A> sum{};
+        for (int i = 0; i < rows.count; ++i)
+          for (int j = 0; j < cols.count; ++j) {
+            const int64_t at = (rows.output[i] * s.out_w + cols.output[j]) * s.channels + c;
+            const int element = int(rows.element[i] * s.kernel_w) + cols.element[j];
+            if (lanes == L) {
+              sum += load_codes<A>(codes + at) == element ? load(grad_y + at) : Vec<A>{};
+            } else {
+              for (int k = 0; k < lanes; ++k)
+                if (codes[at + k] == element) sum[k] += to_accumulator(grad_y[at + k]);
+            }
+          }
+        if (lanes == L)
+          store(grad_x + c, sum);
+        else
+          store_n(grad_x + c, sum, lanes);
+      }
+    }
+  }
+}
+
+const MaxPool2dKernels kMaxPool2dKernels = {
+    {max_pool_planes<double>, max_pool_planes<float>, max_pool_planes<bf16>, max_pool_planes<f16>},
+    {max_pool_planes_backward<double>, max_pool_planes_backward<float>, max_pool_planes_backward<bf16>,
+     max_pool_planes_backward<f16>},
+    {max_pool_pixels<double>, max_pool_pixels<float>, max_pool_pixels<bf16>, max_pool_pixels<f16>},
+    {max_pool_pixels_backward<double>, max_pool_pixels_backward<float>, max_pool_pixels_backward<bf16>,
+     max_pool_pixels_backward<f16>},
+};
