@@ -405,6 +405,9 @@ COMMON_LAYERS = pytest.mark.parametrize(
         pytest.param(CONV2D, 3, 24, (17, 18), {"padding": 1}, id="few channels"),
         pytest.param(CONV2D_RELU, 16, 40, (11, 12), {"stride": 2, "padding": 1}, id="strided"),
         pytest.param(CONV2D_RELU_MAX_POOL2D, 16, 72, (8, 9), {"padding": (1, 2)}, id="pooled"),
+        pytest.param(CONV2D, 131, 16, (4, 5), {}, id="many channels of no whole vector"),
+        pytest.param(CONV2D_RELU, 24, 24, (9, 11), {"stride": 2, "padding": 1, "groups": 24}, id="depthwise"),
+        pytest.param(CONV2D_RELU_MAX_POOL2D, 16, 16, (8, 9), {"padding": 1, "groups": 16}, id="depthwise, pooled"),
     ],
 )
 
@@ -415,7 +418,8 @@ COMMON_LAYERS = pytest.mark.parametrize(
 def test_common_layers(backend, op, channels, results, size, kwargs, layout, dtype, tf32):
     """On small integers, so exactly: what each kernel is for, in both of its layouts and every dtype."""
     allow_tf32(tf32)
-    x, w, b = (integers(dtype, shape) for shape in [(2, channels, *size), (results, channels, 3, 3), (results,)])
+    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), 3, 3))
+    x, w, b = case.tensors(partial(integers, dtype))
     exact_inputs = tuple(map(to_float64, (x, w, b)))
     grad_output = LAYOUTS[layout](integers(dtype, tuple(op.native(*exact_inputs, **kwargs).shape)))
     actual = values_and_gradients(partial(op.ours, **kwargs), (LAYOUTS[layout](x), w, b), grad_output)
@@ -434,9 +438,11 @@ def rounded_to_tf32(t: Tensor) -> Tensor:
 def test_tf32_where_torch_allows_it(backend, op, channels, results, size, kwargs, layout):
     """Of rounded operands every product is exact, so the result is float64's of these to float32's accuracy."""
     op = CONV2D if op is CONV2D_RELU_MAX_POOL2D else op  # which element is a window's maximum depends on the rounding
-    x, w = (normals(torch.float32, shape) for shape in [(2, channels, *size), (results, channels, 3, 3)])
+    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), 3, 3), bias=False)
+    x, w, _ = case.tensors(partial(normals, torch.float32))
     grad_output = normals(torch.float32, tuple(op.native(x, w, **kwargs).shape))
-    multiplies_tf32 = x.is_cuda or backend == "cuda-emulated"
+    # Small groups are not worth the matrix units.
+    multiplies_tf32 = (x.is_cuda or backend == "cuda-emulated") and "groups" not in kwargs
     results = []
     for tf32 in (False, True):
         allow_tf32(tf32)
@@ -446,7 +452,7 @@ def test_tf32_where_torch_allows_it(backend, op, channels, results, size, kwargs
         exact = values_and_gradients(partial(op.native, **kwargs), (x_, w_), grad_)
         magnitudes = values_and_gradients(partial(native.conv2d, **kwargs), (x_.abs(), w_.abs()), grad_.abs())
         allowed = SLACK[torch.float32] * torch.finfo(torch.float32).eps
-        if tf32 and backend == "triton":  # which may round in another way
+        if multiplies_tf32 and backend == "triton":  # which may round in another way
             allowed += 2**-10
         for name, r, e, magnitude in zip(NAMES, results[-1], exact, magnitudes, strict=False):
             assert error(r, e, magnitude) <= allowed, f"TF32 {tf32}: {name}"
