@@ -403,6 +403,9 @@ COMMON_LAYERS = {
     "few channels": (CONV2D, 3, 24, (17, 18), {"padding": 1}),
     "strided": (CONV2D_RELU, 16, 40, (11, 12), {"stride": 2, "padding": 1}),
     "pooled": (CONV2D_RELU_MAX_POOL2D, 16, 72, (8, 9), {"padding": (1, 2)}),
+    "many channels of no whole vector": (CONV2D, 131, 16, (4, 5), {}),
+    "depthwise": (CONV2D_RELU, 24, 24, (9, 11), {"stride": 2, "padding": 1, "groups": 24}),
+    "depthwise, pooled": (CONV2D_RELU_MAX_POOL2D, 16, 16, (8, 9), {"padding": 1, "groups": 16}),
 }
 
 
@@ -416,7 +419,8 @@ def test_common_layers(backend, layer, layout, dtype):
     op, channels, results, size, kwargs = COMMON_LAYERS[layer]
     allow_tf32(dtype == "TF32")
     dtype = torch.float32 if dtype == "TF32" else dtype
-    x, w, b = (integers(dtype, shape) for shape in [(2, channels, *size), (results, channels, 3, 3), (results,)])
+    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), 3, 3))
+    x, w, b = case.tensors(partial(integers, dtype))
     exact_inputs = tuple(map(to_float64, (x, w, b)))
     grad_output = LAYOUTS[layout](integers(dtype, tuple(op.native(*exact_inputs, **kwargs).shape)))
     actual = values_and_gradients(partial(op.ours, **kwargs), (LAYOUTS[layout](x), w, b), grad_output)
@@ -436,9 +440,11 @@ def test_tf32_where_torch_allows_it(backend, layer, layout):
     """Of rounded operands every product is exact, so the result is float64's of these to float32's accuracy."""
     op, channels, results, size, kwargs = COMMON_LAYERS[layer]
     op = CONV2D if op is CONV2D_RELU_MAX_POOL2D else op  # which element is a window's maximum depends on the rounding
-    x, w = (normals(torch.float32, shape) for shape in [(2, channels, *size), (results, channels, 3, 3)])
+    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), 3, 3), bias=False)
+    x, w, _ = case.tensors(partial(normals, torch.float32))
     grad_output = normals(torch.float32, tuple(op.native(x, w, **kwargs).shape))
-    multiplies_tf32 = x.is_cuda or backend == "cuda-emulated"
+    # Small groups are not worth the matrix units.
+    multiplies_tf32 = (x.is_cuda or backend == "cuda-emulated") and "groups" not in kwargs
     results = []
     for tf32 in (False, True):
         allow_tf32(tf32)
@@ -448,7 +454,7 @@ def test_tf32_where_torch_allows_it(backend, layer, layout):
         exact = values_and_gradients(partial(op.native, **kwargs), (x_, w_), grad_)
         magnitudes = values_and_gradients(partial(native.conv2d, **kwargs), (x_.abs(), w_.abs()), grad_.abs())
         allowed = SLACK[torch.float32] * torch.finfo(torch.float32).eps
-        if tf32 and backend == "triton":  # which may round in another way
+        if multiplies_tf32 and backend == "triton":  # which may round in another way
             allowed += 2**-10
         for name, r, e, magnitude in zip(NAMES, results[-1], exact, magnitudes, strict=False):
             assert error(r, e, magnitude) <= allowed, f"TF32 {tf32}: {name}"

@@ -37,6 +37,11 @@ enum class Access {
   kMaskedElements,  // the same, with or without
 };
 
+// What kElements reads, unless channels come in whole chunks, and the others do not take.
+struct NoTable {};
+template <Access kAccess>
+using TableOf = std::conditional_t<kAccess == Access::kElements, TapTable, NoTable>;
+
 // ---- tiles ----
 
 template <class T, int kRows, int kColumns>
@@ -69,8 +74,8 @@ class PixelLoader {
   using Tile = SharedTile<T, kRows, kColumns>;
 
   // first_channel: of the group.
-  __device__ PixelLoader(const Source& source, const Taps& taps, int first_channel)
-      : source_(source), taps_(taps), first_channel_(first_channel) {}
+  __device__ PixelLoader(const Source& source, const Taps& taps, const TableOf<kAccess>& table, int first_channel)
+      : source_(source), taps_(taps), table_(table), first_channel_(first_channel) {}
 
   template <class PositionOf>
   __device__ void set_positions(const PositionOf& position_of) {
@@ -132,8 +137,18 @@ class PixelLoader {
   __device__ Pack<T, N> load(int u) const {
     if (kAlongRows || taps_.channels % N == 0) return load_tap<N, kAlongRows>(u, indices_[u], entries_[u]);
     Pack<T, N> pack = {};
-    if constexpr (!kAlongRows) {
-#pragma unroll(kMasked ? 1 : N)
+    if constexpr (kAccess == Access::kElements) {
+      const Position& p = positions_[u];
+      if (p.n < 0) return pack;
+      const T* const first =
+          static_cast<const T*>(source_.data) + offset(source_.stride, p.n, first_channel_, p.row, p.col);
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        const TapTable::Place place = table_.places[indices_[u] + e];
+        if (source_.has(p.row + place.row, p.col + place.col)) pack.values[e] = first[place.offset];
+      }
+    } else if constexpr (!kAlongRows) {
+#pragma unroll 1
       for (int e = 0; e < N; ++e) {
         // `e` must not index registers.
 #pragma unroll
@@ -154,6 +169,7 @@ class PixelLoader {
 
   const Source& source_;
   const Taps& taps_;
+  const TableOf<kAccess>& table_;
   int first_channel_;
   Position positions_[kOwn];  // where tap (0, 0) is
   int indices_[kOwn];
@@ -400,7 +416,7 @@ __device__ void write_results(const ConvArgs& args, Tile& results, const Positio
 
 template <class Shape, Access kAccess>
 __global__ void __launch_bounds__(Shape::kThreads, kAccess == Access::kCopies ? 2 : 1)
-    conv_kernel(const __grid_constant__ ConvArgs args) {
+    conv_kernel(const __grid_constant__ ConvArgs args, const __grid_constant__ TableOf<kAccess> table) {
   using T = typename Shape::Element;
   using Pixels = PixelLoader<T, Shape::kM, Shape::kDepth, Shape::kThreads, kAccess>;
   using Weights = WeightLoader<T, Shape::kN, Shape::kDepth, Shape::kThreads>;
@@ -418,7 +434,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kAccess == Access::kCopies ? 
   const int first_result = group * problem.group_results + first_n, results = problem.group_results - first_n;
 
   const PositionsFrom positions(args.positions, tile * (problem.pool_code ? args.tile_windows : Shape::kM));
-  Pixels pixels(args.source, args.taps, group * problem.group_channels);
+  Pixels pixels(args.source, args.taps, table, group * problem.group_channels);
   pixels.set_positions([&](int m) { return position_of(args, positions, m); });
   const Weights weights(static_cast<const T*>(args.weight) + int64_t(first_result) * args.packed_depth, results,
                         args.packed_depth);
@@ -461,7 +477,8 @@ struct GradWeightArgs {
 };
 
 template <class Shape, Access kAccess, Access kGradAccess>
-__global__ void __launch_bounds__(Shape::kThreads, 1) grad_weight_kernel(const __grid_constant__ GradWeightArgs args) {
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    grad_weight_kernel(const __grid_constant__ GradWeightArgs args, const __grid_constant__ TableOf<kAccess> table) {
   using T = typename Shape::Element;
   using Pixels = PixelLoader<T, Shape::kDepth, Shape::kM, Shape::kThreads, kAccess>;
   using Grads = PixelLoader<T, Shape::kDepth, Shape::kN, Shape::kThreads, kGradAccess>;
@@ -476,8 +493,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) grad_weight_kernel(const _
   const int group = int(rest % groups);
   const int64_t slice = rest / groups, slice_positions = int64_t(args.slice_steps) * Shape::kDepth;
 
-  Pixels pixels(args.source, args.taps, group * args.problem.group_channels);
-  Grads grads(args.grad, args.grad_taps, group * group_results);
+  Pixels pixels(args.source, args.taps, table, group * args.problem.group_channels);
+  const NoTable none;
+  Grads grads(args.grad, args.grad_taps, none, group * group_results);
   pixels.set_entries(first_m);
   grads.set_entries(first_n);
   const PositionsFrom positions(args.positions, slice * slice_positions);
@@ -528,6 +546,12 @@ cudaError_t with_shape(const ConvGeometry& g, const F& f) {
   return f(Shape<T, kM, kN, sizeof(T) == 2>{});
 }
 
+// Whether kElements reads this source.
+template <class T, class Args>
+bool in_chunks_or_table(const Args& args, TapTable& table) {
+  return args.taps.channels % kPackElements<T> == 0 || table.fill(args.problem);
+}
+
 template <class T>
 cudaError_t launch_conv_tiles(const ConvArgs& args, Access access, cudaStream_t stream) {
   return with_shape<T>(args.problem, [&](auto shape) {
@@ -535,32 +559,45 @@ cudaError_t launch_conv_tiles(const ConvArgs& args, Access access, cudaStream_t 
     const int64_t rows = args.problem.pool_code ? args.tile_windows : S::kM;
     const int64_t blocks =
         ceil_div(args.positions.count, rows) * args.problem.groups * ceil_div(args.problem.group_results, S::kN);
+    const auto run = [&](auto kernel, const auto& table) {
+      return launch(kernel, blocks, S::kThreads, stream, args, table);
+    };
     if constexpr (sizeof(T) < 8) {
-      if (access == Access::kCopies) return launch(conv_kernel<S, Access::kCopies>, blocks, S::kThreads, stream, args);
-      if (access == Access::kPacks) return launch(conv_kernel<S, Access::kPacks>, blocks, S::kThreads, stream, args);
+      if (access == Access::kCopies) return run(conv_kernel<S, Access::kCopies>, NoTable{});
+      if (access == Access::kPacks) return run(conv_kernel<S, Access::kPacks>, NoTable{});
     }
-    if (access == Access::kElements)
-      return launch(conv_kernel<S, Access::kElements>, blocks, S::kThreads, stream, args);
-    return launch(conv_kernel<S, Access::kMaskedElements>, blocks, S::kThreads, stream, args);
+    TapTable table;
+    if (access == Access::kElements && in_chunks_or_table<T>(args, table))
+      return run(conv_kernel<S, Access::kElements>, table);
+    return run(conv_kernel<S, Access::kMaskedElements>, NoTable{});
   });
 }
 
 template <class T>
-cudaError_t launch_grad_weight_tiles(const GradWeightArgs& args, int64_t slices, bool packs, cudaStream_t stream) {
+cudaError_t launch_grad_weight_tiles(const GradWeightArgs& args, int64_t slices, Access access, bool grad_packs,
+                                     cudaStream_t stream) {
   return with_shape<T>(args.problem, [&](auto shape) {
     using S = decltype(shape);
     const int64_t blocks =
         slices * args.problem.groups * ceil_div(args.taps.depth, S::kM) * ceil_div(args.problem.group_results, S::kN);
+    const auto run = [&](auto kernel, const auto& table) {
+      return launch(kernel, blocks, S::kThreads, stream, args, table);
+    };
     if constexpr (sizeof(T) < 8)
-      if (packs)
-        return launch(grad_weight_kernel<S, Access::kCopies, Access::kPacks>, blocks, S::kThreads, stream, args);
-    return launch(grad_weight_kernel<S, Access::kElements, Access::kMaskedElements>, blocks, S::kThreads, stream, args);
+      if (access == Access::kCopies && grad_packs)
+        return run(grad_weight_kernel<S, Access::kCopies, Access::kPacks>, NoTable{});
+    TapTable table;
+    if (!in_chunks_or_table<T>(args, table))
+      return run(grad_weight_kernel<S, Access::kMaskedElements, Access::kMaskedElements>, NoTable{});
+    if constexpr (sizeof(T) < 8)
+      if (grad_packs) return run(grad_weight_kernel<S, Access::kElements, Access::kPacks>, table);
+    return run(grad_weight_kernel<S, Access::kElements, Access::kMaskedElements>, table);
   });
 }
 
 // In a file for each type, so that they compile side by side.
 #define FASTNN_CONV_TILES(prefix, T)                                                       \
   prefix template cudaError_t launch_conv_tiles<T>(const ConvArgs&, Access, cudaStream_t); \
-  prefix template cudaError_t launch_grad_weight_tiles<T>(const GradWeightArgs&, int64_t, bool, cudaStream_t);
+  prefix template cudaError_t launch_grad_weight_tiles<T>(const GradWeightArgs&, int64_t, Access, bool, cudaStream_t);
 
 }  // namespace fastnn::cuda
