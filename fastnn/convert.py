@@ -16,7 +16,7 @@ import os
 import sys
 import traceback
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map_only
 import fastnn.nn.functional as F
 from fastnn import nn, optim
 from fastnn.dispatch import use_kernels
-from fastnn.nn.modules import convolve
+from fastnn.nn.modules import HOOKS, LARGEST_FUSED_WINDOW, convolve, fusable_pool, fusable_pool_of, hooked
 
 _SWAPS: dict[type, type] = {
     native.Conv2d: nn.Conv2d,
@@ -258,30 +258,14 @@ _RELUS_IN_PLACE = (torch.relu_, Tensor.relu_, F.relu_)
 _RELUS = (native_functional.relu, torch.relu, Tensor.relu, F.relu, *_RELUS_IN_PLACE)
 _IDENTITY = _Step("Identity")  # of the search only: it returns the very tensor it is given
 _MAX_POOLS = (native_functional.max_pool2d, torch.max_pool2d, F.max_pool2d)
-_LARGEST_WINDOW = 15
-_OTHER_MAX_POOL = _Step(f"a max-pool with padding, dilation, ceil_mode, indices or a window over {_LARGEST_WINDOW}")
+_OTHER_MAX_POOL = _Step(
+    f"a max-pool with padding, dilation, ceil_mode, indices or a window over {LARGEST_FUSED_WINDOW}"
+)
 
 
-def _pair(value: Any) -> tuple[int, int] | None:
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    return pair * (2 // len(pair)) if len(pair) in (1, 2) and all(type(v) is int for v in pair) else None
-
-
-def _max_pool(
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> _Step:
-    window = _pair(kernel_size)
-    step = window if stride in (None, (), []) else _pair(stride)
-    if window is None or step is None or max(window) > _LARGEST_WINDOW or ceil_mode or return_indices:
-        return _OTHER_MAX_POOL
-    if _pair(padding) != (0, 0) or _pair(dilation) != (1, 1):
-        return _OTHER_MAX_POOL
-    return _Step("MaxPool2d", (window, step))
+def _max_pool(*args: Any, **kwargs: Any) -> _Step:
+    pool = fusable_pool(*args, **kwargs)
+    return _Step("MaxPool2d", pool) if pool else _OTHER_MAX_POOL
 
 
 def _batch_norm(
@@ -317,8 +301,8 @@ def _step_of_module(module: native.Module) -> _Step | None:
     if cls in (native.ReLU, nn.ReLU):
         return _RELU
     if cls in (native.MaxPool2d, nn.MaxPool2d):
-        arguments = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        return _max_pool(*(getattr(module, name) for name in arguments))
+        pool = fusable_pool_of(cast(native.MaxPool2d, module))
+        return _Step("MaxPool2d", pool) if pool else _OTHER_MAX_POOL
     if cls is native.Identity:
         return _IDENTITY
     if cls is native.BatchNorm2d:
@@ -329,12 +313,6 @@ def _step_of_module(module: native.Module) -> _Step | None:
 
 
 # ---- what runs ----
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _hooked(modules: Iterable[native.Module]) -> bool:
-    return any(getattr(module, hooks) for module in modules for hooks in _HOOKS)
 
 
 class Fusion(NamedTuple):
@@ -367,7 +345,7 @@ class FusedConv2d(nn.Conv2d):
         if (
             torch.compiler.is_compiling()
             or _has_any_global_hook()
-            or _hooked(passes_through)
+            or hooked(passes_through)
             or "parametrizations" in self._modules  # its weight, computed at each use, may be needed twice
             or not use_kernels("conv2d_relu", input)
         ):
@@ -541,7 +519,7 @@ def _trace(model: native.Module) -> fx.Graph:
     for module in modules:
         twin = vars(twins[id(module)])
         for name, value in vars(module).items():
-            if name in _HOOKS:
+            if name in HOOKS:
                 twin[name] = type(value)()
             elif name != "_compiled_call_impl":
                 try:
@@ -645,7 +623,7 @@ class _Search:
             if step.norm and not (self.fold and not norm and not steps):
                 break
             crossed = containers(node) ^ containers(user)
-            hooked = [name for module, name in self.names.items() if module in crossed | passed and _hooked([module])]
+            seen_by = [name for module, name in self.names.items() if module in crossed | passed and hooked([module])]
             if step == _IDENTITY and len(node.users) > 1:
                 break
             if step == _OTHER_MAX_POOL:
@@ -654,8 +632,8 @@ class _Search:
                 stopped = f"what goes into {step} is used elsewhere too"
             elif is_parametrized(conv):
                 stopped = f"it is parametrized, and {step} is not fused with a weight that is computed at each use"
-            elif hooked:
-                stopped = f"a hook on {hooked[0]} may see what goes into {step}"
+            elif seen_by:
+                stopped = f"a hook on {seen_by[0]} may see what goes into {step}"
             else:
                 if step.norm:
                     norm = (cast(native.BatchNorm2d, called(user)),)

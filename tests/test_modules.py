@@ -7,7 +7,9 @@ import pickle
 import pytest
 import torch
 from torch import nn as native
+from torch.profiler import ProfilerActivity, profile
 
+import fastnn
 import fastnn.nn as nn
 
 pytestmark = pytest.mark.one_tier
@@ -111,7 +113,7 @@ def test_relu(backend, inplace):
     assert repr(nn.ReLU(inplace)) == repr(native.ReLU(inplace))
 
 
-@pytest.mark.parametrize("name", ["Conv2d", "ReLU", "MaxPool2d"])
+@pytest.mark.parametrize("name", ["Conv2d", "ReLU", "MaxPool2d", "Sequential"])
 def test_is_the_torch_class_with_its_signature(name):
     ours, theirs = getattr(nn, name), getattr(native, name)
     assert issubclass(ours, theirs)
@@ -130,7 +132,115 @@ def test_copies_pickles_and_weights(cls):
     native.Conv2d(2, 3, 3, padding=1).load_state_dict(module.state_dict())
 
 
+# ---- Sequential ----
+
+
+def operators(module, input):
+    """The operators of fastnn and of native torch's convolution, ReLU and pooling that a call runs, in order."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        module(input)
+    native_names = ("aten::conv2d", "aten::relu", "aten::relu_", "aten::max_pool2d")
+    return [e.name.split("::")[1] for e in profiler.events() if e.name.startswith("fastnn::") or e.name in native_names]
+
+
+def small(*layers):
+    """fastnn's Sequential of these, and torch's of the same kind and weights, in float64."""
+    ours = nn.Sequential(*layers).double()
+    theirs = copy.deepcopy(ours)
+    counterparts = {nn.Conv2d: native.Conv2d, nn.ReLU: native.ReLU, nn.MaxPool2d: native.MaxPool2d}
+    for module in theirs.modules():
+        module.__class__ = counterparts.get(type(module), type(module))
+    theirs.__class__ = native.Sequential
+    return ours, theirs
+
+
+ALL = "conv2d_relu_max_pool2d"
+SEQUENCES = {
+    "all three": (lambda: [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2)], [ALL]),
+    "in place": (lambda: [nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2)], [ALL]),
+    "twice": (lambda: [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 1), nn.ReLU()], [ALL, "conv2d"]),
+    "circular": (lambda: [nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), nn.ReLU()], ["conv2d"]),
+    "nested": (lambda: [nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()), nn.MaxPool2d(2)], ["conv2d", "max_pool2d"]),
+    "padded pool": (lambda: [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1)], ["conv2d", "max_pool2d"]),
+    "something between": (lambda: [nn.Conv2d(2, 3, 3), nn.Identity(), nn.ReLU()], ["conv2d", "relu"]),
+    "no convolution": (lambda: [nn.ReLU(), nn.MaxPool2d(2)], ["relu", "max_pool2d"]),
+    "a class of one's own": (
+        lambda: [nn.Conv2d(2, 3, 3), type("Own", (nn.ReLU,), {"forward": lambda self, x: x * 2})()],
+        ["conv2d"],
+    ),
+    "nothing": (list, []),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_sequential_runs_layers_as_one(name):
+    layers, expected = SEQUENCES[name]
+    x = torch.randn(2, 2, 12, 11, dtype=torch.float64)
+    with fastnn.backend("cpu"):
+        ours, theirs = small(*layers())
+        assert_same(ours, theirs, x)
+        assert operators(ours, x) == expected
+        assert_same(ours[:2], theirs[:2], x)
+        ours.float(), theirs.float()
+        for low in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                assert ours(x.float()).dtype is theirs(x.float()).dtype
+
+
+HOOKS = {
+    "forward hook": lambda m: m.register_forward_hook(lambda module, args, output: output * 2),
+    "forward pre-hook": lambda m: m.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    "backward hook": lambda m: m.register_full_backward_hook(lambda module, grads, _: tuple(g * 2 for g in grads)),
+    "a forward of its own": lambda m: setattr(m, "forward", lambda x: type(m).forward(m, x) * 2),
+    "parametrization": lambda m: native.utils.parametrize.register_parametrization(m, "weight", native.Tanh()),
+    "weight norm": lambda m: native.utils.weight_norm(m),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_sequential_lets_hooks_see_what_is_between(place, hook):
+    if place and hook in ("parametrization", "weight norm"):
+        pytest.skip("of a weight")
+    ours, theirs = small(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2))
+    for model in (ours, theirs):
+        HOOKS[hook](model[place])
+    with fastnn.backend("cpu"):
+        assert_same(ours, theirs, torch.randn(2, 2, 12, 11, dtype=torch.float64))
+
+
+def test_sequential_under_a_global_hook():
+    seen = []
+    handle = native.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
+    try:
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU())(torch.randn(1, 2, 6, 6))
+    finally:
+        handle.remove()
+    assert seen == [nn.Conv2d, nn.ReLU, nn.Sequential]
+
+
+def test_sequential_raises_as_torch_does():
+    ours, theirs = small(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2))
+    for x in (torch.zeros(1, 3, 8, 8), torch.zeros(1, 2, 8, 8), torch.zeros(2, 8).double(), [1]):
+        errors = []
+        for model in (ours, theirs):
+            with pytest.raises((RuntimeError, TypeError)) as error:
+                model(x)
+            errors.append((error.type, str(error.value)))
+        assert errors[0] == errors[1]
+
+
+def test_sequential_traced_and_scripted():
+    ours, _ = small(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2))
+    x = torch.randn(1, 2, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(torch.fx.symbolic_trace(ours)(x), ours(x))
+    linear = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    torch.testing.assert_close(torch.jit.script(linear)(torch.ones(2, 3)), linear(torch.ones(2, 3)))
+
+
 def test_repr():
+    assert repr(nn.Sequential(nn.ReLU())) == repr(native.Sequential(native.ReLU()))
     assert repr(nn.Conv2d(2, 3, 3)) == repr(native.Conv2d(2, 3, 3))
     assert repr(nn.ConvReLU2d(2, 3, 3)) == "ConvReLU2d(2, 3, kernel_size=(3, 3), stride=(1, 1))"
     assert repr(nn.ConvReLUMaxPool2d(2, 3, 3, pool_kernel_size=3)) == (

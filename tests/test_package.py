@@ -100,7 +100,7 @@ def test_what_is_replaced():
     for name in ("conv2d", "relu", "max_pool2d", "cross_entropy"):
         assert getattr(functional, name) is not getattr(torch.nn.functional, name)
     for module, native, names in (
-        (fastnn.nn, torch.nn, ("Conv2d", "ReLU", "MaxPool2d", "CrossEntropyLoss")),
+        (fastnn.nn, torch.nn, ("Conv2d", "ReLU", "MaxPool2d", "CrossEntropyLoss", "Sequential")),
         (fastnn.optim, torch.optim, ("Adam", "AdamW", "SGD")),
     ):
         for name in names:

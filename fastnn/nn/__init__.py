@@ -1,5 +1,5 @@
 """All of ``torch.nn``, with ``Conv2d``, ``ReLU``, ``MaxPool2d`` and ``CrossEntropyLoss`` on fastnn's kernels,
-and the fused ``ConvReLU2d`` and ``ConvReLUMaxPool2d``."""
+a ``Sequential`` that fuses them, and the fused ``ConvReLU2d`` and ``ConvReLUMaxPool2d``."""
 
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from fastnn.nn.modules import ConvReLU2d as ConvReLU2d
 from fastnn.nn.modules import ConvReLUMaxPool2d as ConvReLUMaxPool2d
 from fastnn.nn.modules import MaxPool2d as MaxPool2d
 from fastnn.nn.modules import ReLU as ReLU
+from fastnn.nn.modules import Sequential as Sequential
 
 if TYPE_CHECKING:  # what the star leaves out
     from torch.nn import common_types as common_types

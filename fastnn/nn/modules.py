@@ -3,12 +3,49 @@ the same signature and state_dict keys, so ``isinstance`` checks and saved weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from fastnn.dispatch import use_kernels
 from fastnn.nn import functional as F
+
+LARGEST_FUSED_WINDOW = 15
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(modules: Iterable[nn.Module]) -> bool:
+    return any(getattr(module, hooks) for module in modules for hooks in HOOKS)
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    return pair * (2 // len(pair)) if len(pair) in (1, 2) and all(type(v) is int for v in pair) else None
+
+
+def fusable_pool(
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Window and stride of a max-pool with these arguments; None if a convolution cannot take it over."""
+    window = _pair(kernel_size)
+    step = window if stride in (None, (), []) else _pair(stride)
+    if window is None or step is None or max(window) > LARGEST_FUSED_WINDOW or ceil_mode or return_indices:
+        return None
+    return (window, step) if _pair(padding) == (0, 0) and _pair(dilation) == (1, 1) else None
+
+
+def fusable_pool_of(module: nn.MaxPool2d) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """``fusable_pool`` of the module's arguments."""
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    return fusable_pool(*(getattr(module, name) for name in names))
 
 
 def convolve(
@@ -101,3 +138,45 @@ class ConvReLUMaxPool2d(Conv2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, pool_stride={self.pool_stride}"
+
+
+class Sequential(nn.Sequential):
+    """:class:`torch.nn.Sequential` that runs a Conv2d, the ReLU behind it and the MaxPool2d behind that as one op.
+
+    Nothing but a hook can see what is between them: where one is on any of them, or on every module, they run one by
+    one, and so they do in compiled code.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return _run(list(self), input)
+        for module in self:  # by TorchScript
+            input = module(input)
+        return input
+
+
+def _run(modules: list[nn.Module], input: Tensor) -> Tensor:
+    """The modules one after another on ``input``, as one op where they are Conv2d, ReLU (and MaxPool2d)."""
+    plain = torch.compiler.is_compiling() or _has_any_global_hook()
+    done = 0
+    while done < len(modules):
+        conv, *others = modules[done : done + 3]
+        kinds = [type(module) for module in others]
+        pool = fusable_pool_of(others[1]) if kinds == [ReLU, MaxPool2d] else None  # type: ignore[arg-type]
+        layers = [conv, *others[: 2 if pool else 1]]
+        if (
+            not plain
+            and type(conv) is Conv2d
+            and kinds[:1] == [ReLU]
+            and type(input) is Tensor
+            and not hooked(layers)
+            and not any("forward" in vars(module) for module in layers)
+            and use_kernels("conv2d_relu", input)
+        ):
+            operator = F.conv2d_relu_max_pool2d if pool else F.conv2d_relu
+            input = convolve(conv, operator, input, conv.weight, conv.bias, *pool or ())
+            done += len(layers)
+        else:
+            input = conv(input)
+            done += 1
+    return input
