@@ -214,8 +214,8 @@ def headline(run: dict[str, Any], rows: Sequence[Row]) -> str | None:
     assert ratio is not None
     assert best is not None
     return (
-        f"A training step of the {row.layer}, takes {_milliseconds(row.ours.median_ms)} ms where it imports fastnn, and "
-        f"{_milliseconds(best.median_ms)} ms in the best of {len(row.native)} native configurations ({best.name}): "
+        f"A training step of the {row.layer}, takes {_milliseconds(row.ours.median_ms)} ms where it imports fastnn, "
+        f"and {_milliseconds(best.median_ms)} ms in the best of {len(row.native)} native configurations ({best.name}): "
         f"**{ratio:.2f}x** ({machine['gpu'] or machine['cpu']}, {machine['threads']} threads, "
         f"torch {run['software']['torch']})."
     )

@@ -49,7 +49,8 @@ STABLE_TORCH_LIBRARY(fastnn, m) {
       "float weight_decay, float eps, bool amsgrad, bool maximize, bool decoupled_weight_decay, "
       "float? grad_scale=None, Tensor? lr_tensor=None, Tensor? grad_scale_tensor=None, Tensor? found_inf=None) -> ()");
   // momentum_buffer_list: empty where momentum is 0. first_steps: indices of the parameters whose buffer is written
-  // without being read. lr_in_velocity: the buffer holds -lr times what it holds otherwise.
+  // without being read. lr_in_velocity: the buffer holds -lr times what it holds otherwise. Of CUDA tensors, a buffer
+  // of -0 is one that no step has written.
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffer_list, int[] first_steps, float lr, "
       "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool lr_in_velocity, "

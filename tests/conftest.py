@@ -14,6 +14,8 @@ GPU = torch.accelerator.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton's kernels are defined, that is when a test first needs them
 
+from reference import allow_tf32  # noqa: E402
+
 import fastnn  # noqa: E402
 from fastnn import _C  # noqa: E402
 
@@ -123,3 +125,11 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    """float32 is compared with float64, on GPUs too: of TF32 there are tests of its own."""
+    allow_tf32(False)
+    yield
+    allow_tf32(True)

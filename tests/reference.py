@@ -38,6 +38,11 @@ FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SLACK = {torch.float64: 16, torch.float32: 16, torch.bfloat16: 1, torch.float16: 1}
 
 
+def allow_tf32(allowed: bool) -> None:
+    """torch.backends.cudnn.allow_tf32 = allowed, which torch's own test utilities forbid once they are imported."""
+    torch._C._set_cudnn_allow_tf32(allowed)
+
+
 def to_float64(tensor: Tensor | None) -> Tensor | None:
     """A contiguous float64 copy outside of any graph."""
     return None if tensor is None else tensor.detach().to(torch.float64, memory_format=torch.contiguous_format)

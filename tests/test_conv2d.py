@@ -16,6 +16,7 @@ from reference import (
     FLOATING,
     LAYOUTS,
     SLACK,
+    allow_tf32,
     conv2d_numpy,
     error,
     mostly_big,
@@ -185,12 +186,13 @@ def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
 NAMES = ("output", "grad_input", "grad_weight", "grad_bias")
 
 
-@given(case=CASES, dtype=st.sampled_from(FLOATING), seed=st.integers(0, 99), data=st.data())
+@given(case=CASES, dtype=st.sampled_from(FLOATING), tf32=st.booleans(), seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=120)
 @pytest.mark.parametrize("op", OPS)
-def test_integers_are_exact(backend, op, case, dtype, seed, data):
+def test_integers_are_exact(backend, op, case, dtype, tf32, seed, data):
     """On small integers no rounding hides a wrong index: results and gradients are float64's, rounded once."""
     torch.manual_seed(seed)
+    allow_tf32(tf32)
     kwargs = dict(case.kwargs)
     if op is CONV2D_RELU_MAX_POOL2D:
         # float64 for the output: the gradient takes a path that depends on it, so it must not be rounded.
@@ -401,24 +403,63 @@ COMMON_LAYERS = {
     "few channels": (CONV2D, 3, 24, (17, 18), {"padding": 1}),
     "strided": (CONV2D_RELU, 16, 40, (11, 12), {"stride": 2, "padding": 1}),
     "pooled": (CONV2D_RELU_MAX_POOL2D, 16, 72, (8, 9), {"padding": (1, 2)}),
+    "many channels of no whole vector": (CONV2D, 131, 16, (4, 5), {}),
+    "depthwise": (CONV2D_RELU, 24, 24, (9, 11), {"stride": 2, "padding": 1, "groups": 24}),
+    "depthwise, pooled": (CONV2D_RELU_MAX_POOL2D, 16, 16, (8, 9), {"padding": 1, "groups": 16}),
 }
 
 
 @pytest.mark.parametrize(
     ("layer", "layout", "dtype"),
-    pairwise(list(COMMON_LAYERS), ["contiguous", "channels_last"], FLOATING),
+    pairwise(list(COMMON_LAYERS), ["contiguous", "channels_last"], [*FLOATING, "TF32"]),
     ids=str,
 )
 def test_common_layers(backend, layer, layout, dtype):
     """On small integers, so exactly: what each kernel is for, in both of its layouts and every dtype."""
     op, channels, results, size, kwargs = COMMON_LAYERS[layer]
-    x, w, b = (integers(dtype, shape) for shape in [(2, channels, *size), (results, channels, 3, 3), (results,)])
+    allow_tf32(dtype == "TF32")
+    dtype = torch.float32 if dtype == "TF32" else dtype
+    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), 3, 3))
+    x, w, b = case.tensors(partial(integers, dtype))
     exact_inputs = tuple(map(to_float64, (x, w, b)))
     grad_output = LAYOUTS[layout](integers(dtype, tuple(op.native(*exact_inputs, **kwargs).shape)))
     actual = values_and_gradients(partial(op.ours, **kwargs), (LAYOUTS[layout](x), w, b), grad_output)
     exact = values_and_gradients(partial(op.native, **kwargs), exact_inputs, to_float64(grad_output))
     for name, a, e in zip(NAMES, actual, exact, strict=True):
         assert_same(a, e.to(dtype), name)
+
+
+def rounded_to_tf32(t: Tensor) -> Tensor:
+    """To 11 significant bits, to nearest."""
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layer", COMMON_LAYERS)
+def test_tf32_where_torch_allows_it(backend, layer, layout):
+    """Of rounded operands every product is exact, so the result is float64's of these to float32's accuracy."""
+    op, channels, results, size, kwargs = COMMON_LAYERS[layer]
+    op = CONV2D if op is CONV2D_RELU_MAX_POOL2D else op  # which element is a window's maximum depends on the rounding
+    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), 3, 3), bias=False)
+    x, w, _ = case.tensors(partial(normals, torch.float32))
+    grad_output = normals(torch.float32, tuple(op.native(x, w, **kwargs).shape))
+    # Small groups are not worth the matrix units.
+    multiplies_tf32 = (x.is_cuda or backend == "cuda-emulated") and "groups" not in kwargs
+    results = []
+    for tf32 in (False, True):
+        allow_tf32(tf32)
+        leaves = tuple(LAYOUTS[layout](t) for t in (x, w))
+        results.append(values_and_gradients(partial(op.ours, **kwargs), leaves, LAYOUTS[layout](grad_output)))
+        x_, w_, grad_ = (to_float64(rounded_to_tf32(t) if tf32 and multiplies_tf32 else t) for t in (x, w, grad_output))
+        exact = values_and_gradients(partial(op.native, **kwargs), (x_, w_), grad_)
+        magnitudes = values_and_gradients(partial(native.conv2d, **kwargs), (x_.abs(), w_.abs()), grad_.abs())
+        allowed = SLACK[torch.float32] * torch.finfo(torch.float32).eps
+        if multiplies_tf32 and backend == "triton":  # which may round in another way
+            allowed += 2**-10
+        for name, r, e, magnitude in zip(NAMES, results[-1], exact, magnitudes, strict=False):
+            assert error(r, e, magnitude) <= allowed, f"TF32 {tf32}: {name}"
+    for name, in_float32, in_tf32 in zip(NAMES, *results, strict=False):
+        assert torch.equal(in_float32, in_tf32) != multiplies_tf32, name
 
 
 SOME_CASES = [

@@ -40,7 +40,7 @@ def optimizers(weight, **kwargs):
     return {
         "Adam": lambda: fastnn.optim.Adam([weight], lr=lr, amsgrad=True, **kwargs),
         "AdamW": lambda: fastnn.optim.AdamW([weight], lr=lr, **kwargs),
-        "SGD": lambda: fastnn.optim.SGD([weight], lr=lr, momentum=0.9, fused=True),
+        "SGD": lambda: fastnn.optim.SGD([weight], lr=lr, momentum=0.9, dampening=0.1, fused=True),
     }
 
 

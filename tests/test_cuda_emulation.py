@@ -72,6 +72,7 @@ FAULTS = {
     "copy left behind": "copy in flight: .*has returned",
     "misaligned copy": "misaligned address",
     "matrices in branch": "divergent barrier.*waits at.*waits at",
+    "operand not rounded": ".*which is no TF32 number",
     "no first barrier": "uninitialised",
     "no other barriers": "race in shared memory",
     "no warp barrier": "race in shared memory",

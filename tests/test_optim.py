@@ -514,9 +514,8 @@ def test_numbers_on_the_device_stay_there(backend, name, monkeypatch):
     """Kernels that can read lr, grad_scale and found_inf from the device's memory do: the host never does."""
     if backend.startswith("cpu"):
         pytest.skip("the CPU's kernels take these numbers from the host, where they are")
-    more = {"dampening": 0} if name == "SGD" else {}  # a first step with dampening has to know whether it is one
     lr = torch.tensor(0.05, dtype=torch.float64)
-    pair = Pair(name, values_of([(9,)]), **{**TYPICAL[name], **more, "lr": lr, "fused": True})
+    pair = Pair(name, values_of([(9,)]), **{**TYPICAL[name], "lr": lr, "fused": True})
     fastnn.dispatch.choice(pair.ours._op, pair.ours_params[0].device.type)  # the first one tries Triton and waits
     for seed, found in enumerate((1.0, 0.0, 0.0)):
         pair.set_grads(values_of([(9,)], seed=seed))

@@ -6,6 +6,9 @@
 #include <numeric>
 #include <tuple>
 
+#include <pybind11/gil_safe_call_once.h>
+#include <pybind11/pybind11.h>
+
 #include "common/conv2d_call.h"
 #include "cuda/device.h"
 #include "cuda/kernels/conv2d.h"
@@ -38,7 +41,18 @@ PoolShape short_strides(PoolShape pool, const ConvShape& s) {
 
 ConvSource source_of(const Tensor& t) { return {t.data_ptr(), strides4(t), int(t.size(2)), int(t.size(3))}; }
 
-ConvGeometry geometry_of(const ConvShape& s, const Tensor& input) {
+// Whether PyTorch's own convolutions would round float32 to TF32 now. The stable ABI cannot tell, Python can.
+bool allows_tf32(DType dtype) {
+  namespace py = pybind11;
+  if (dtype != kFloat32) return false;
+  const py::gil_scoped_acquire gil;
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> precision;
+  precision.call_once_and_store_result(
+      [] { return py::module_::import("torch").attr("_C").attr("_get_fp32_precision_getter"); });
+  return py::cast<std::string>(precision.get_stored()("cuda", "conv")) == "tf32";
+}
+
+ConvGeometry geometry_of(const ConvShape& s, const Tensor& input, DType dtype) {
   return {source_of(input),
           {-int(s.pad_top), int(s.stride_h), int(s.dilation_h), int(s.kernel_h)},
           {-int(s.pad_left), int(s.stride_w), int(s.dilation_w), int(s.kernel_w)},
@@ -47,7 +61,8 @@ ConvGeometry geometry_of(const ConvShape& s, const Tensor& input) {
           int(s.out_w),
           int(s.groups),
           int(s.group_in()),
-          int(s.group_out())};
+          int(s.group_out()),
+          allows_tf32(dtype)};
 }
 
 void run(const char* op, DType dtype, const ConvProblem& problem, const Tensor& like, cudaStream_t stream) {
@@ -55,9 +70,9 @@ void run(const char* op, DType dtype, const ConvProblem& problem, const Tensor& 
   check_launch(op, launch_conv(dtype, problem, scratch.data_ptr(), stream));
 }
 
-ConvProblem forward_problem(const ConvShape& s, const Tensor& input, const Tensor& weight,
+ConvProblem forward_problem(const ConvShape& s, DType dtype, const Tensor& input, const Tensor& weight,
                             const std::optional<Tensor>& bias, bool relu) {
-  ConvProblem p{geometry_of(s, input)};
+  ConvProblem p{geometry_of(s, input, dtype)};
   p.weight = weight.data_ptr();
   p.weight_group = s.group_out() * weight.stride(0), p.weight_result = weight.stride(0);
   p.weight_channel = weight.stride(1), p.weight_row = weight.stride(2), p.weight_col = weight.stride(3);
@@ -77,7 +92,7 @@ Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stri
   const Tensor output = empty_4d(input, {s.batch, s.out_channels, s.out_h, s.out_w},
                                  result_is_channels_last(input, weight), input.scalar_type());
   if (output.numel() == 0) return output;
-  ConvProblem p = forward_problem(s, input, weight, bias, relu);
+  ConvProblem p = forward_problem(s, dtype, input, weight, bias, relu);
   p.result = output.data_ptr(), p.result_stride = strides4(output);
   run(op, dtype, p, input, device.stream());
   return output;
@@ -98,7 +113,7 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, s
   const Tensor output = empty_4d(input, sizes, channels_last, input.scalar_type());
   const Tensor code = empty_4d(input, sizes, channels_last, ScalarType::Byte);
   if (output.numel() == 0) return {output, code};
-  ConvProblem p = forward_problem(s, input, weight, bias, true);
+  ConvProblem p = forward_problem(s, dtype, input, weight, bias, true);
   p.pool = pool;
   auto* const codes = static_cast<uint8_t*>(code.data_ptr());
   if (pools_results(dtype, p)) {
@@ -138,12 +153,13 @@ Phase phase_of(int64_t phase, int64_t size, int64_t kernel, int64_t stride, int6
 void grad_input(const char* op, const ConvShape& s, DType dtype, const ConvSource& grad, const Tensor& weight,
                 const Tensor& result, cudaStream_t stream) {
   const Strides4 stride = strides4(result);
+  const bool tf32 = allows_tf32(dtype);
   for (int64_t a = 0; a < std::min(s.stride_h, s.in_h); ++a)
     for (int64_t b = 0; b < std::min(s.stride_w, s.in_w); ++b) {
       const Phase rows = phase_of(a, s.in_h, s.kernel_h, s.stride_h, s.pad_top, s.dilation_h);
       const Phase cols = phase_of(b, s.in_w, s.kernel_w, s.stride_w, s.pad_left, s.dilation_w);
       ConvProblem p{{grad, rows.reach, cols.reach, s.batch, int(rows.count), int(cols.count), int(s.groups),
-                     int(s.group_out()), int(s.group_in())}};
+                     int(s.group_out()), int(s.group_in()), tf32}};
       const int64_t element = weight.element_size();
       p.weight = static_cast<const char*>(weight.data_ptr()) +
                  (rows.first_tap * weight.stride(2) + cols.first_tap * weight.stride(3)) * element;
@@ -191,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad_output, Tensor in
   }
   if (output_mask[0]) grad_input(op, s, dtype, grad, weight, input_result, device.stream());
   if (output_mask[1] || output_mask[2]) {
-    const GradWeightProblem p{geometry_of(s, input), grad, output_mask[1] ? weight_result.data_ptr() : nullptr,
+    const GradWeightProblem p{geometry_of(s, input, dtype), grad, output_mask[1] ? weight_result.data_ptr() : nullptr,
                               output_mask[2] ? bias_result.data_ptr() : nullptr};
     const Tensor scratch = torch::stable::new_empty(input, {grad_weight_scratch_bytes(dtype, p)}, ScalarType::Byte);
     check_launch(op, launch_grad_weight(dtype, p, scratch.data_ptr(), device.stream()));

@@ -82,19 +82,13 @@ class SGD(FusedStep, torch.optim.SGD):
             states = states_of(self, params)
             buffers = [s.get("momentum_buffer") for s in states]
             first_steps = [i for i, b in enumerate(buffers) if b is None]
-        as_first = first_steps
-        if first_steps and numbers.on_device and (found_inf := numbers.on_device[2]) is not None:
-            if (
-                group["dampening"] == 0
-            ):  # from a buffer of zeros any step is a first one, and so may follow a skipped one
-                as_first = []
-            else:
-                numbers = numbers._replace(skipped=bool(found_inf))
+        # The device may skip this step, and the host not know: to its kernels a buffer of -0 says that none was made.
+        may_skip = any(number is not None for number in numbers.on_device[2:])
         if not numbers.skipped:
             for i in first_steps:
-                buffers[i] = torch.empty_like(params[i]) if as_first else torch.zeros_like(params[i])
+                buffers[i] = torch.full_like(params[i], -0.0) if may_skip else torch.empty_like(params[i])
             options = (
-                as_first,
+                [] if may_skip else first_steps,
                 numbers.lr,
                 float(group["momentum"]),
                 float(group["dampening"]),

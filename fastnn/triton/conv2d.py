@@ -396,7 +396,7 @@ def _blocks(tensor: Tensor, columns: int, rows: int | None = None) -> dict[str, 
     if rows is not None:
         height = min(triton.next_power_of_2(rows), height)
     # As torch's own convolution; float32 outside of CUDA is what it says.
-    tf32 = tensor.is_cuda and torch.backends.cudnn.allow_tf32
+    tf32 = tensor.is_cuda and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
     return {
         "ACC": accumulator(tensor),
         "DOT": dot,

@@ -1,7 +1,8 @@
 """One SGD step of many parameters, in torch's order of operations:
 
     g = -g if maximize;  g = grad_factor (g + wd p)
-    b = g on the first step, else momentum b + (1 - dampening) g
+    b = g on the first step, else momentum b + (1 - dampening) g; with dampening also where b is -0, which no step
+        leaves there: found_inf may have skipped the first one, of which the host need not know
     p = p + step_factor (b, or g + momentum b if nesterov, or g without momentum)
 
 Blocking: a program has CHUNK elements of one parameter; one launch updates all the parameters of a dtype.
@@ -27,6 +28,7 @@ def update_kernel(
     undamped: tl.float64,  # 1 - dampening
     weight_decay: tl.float64,
     MOMENTUM: tl.constexpr,
+    DAMPED: tl.constexpr,
     NESTEROV: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr,
@@ -54,8 +56,11 @@ def update_kernel(
         buffer = tensor_of(record, 2, DTYPE, ALIGNED) + i
         is_first = tl.load(record + OPERANDS + 1) != 0  # what the buffer then holds, NaN perhaps, is not selected
         b = tl.load(buffer, mask=mask).to(ACC)
+        if DAMPED:
+            is_first = is_first | ((b == 0) & (1 / b < 0))
         b = tl.where(is_first, g, b * tl.full((), momentum, ACC) + tl.full((), undamped, ACC) * g)
-        tl.store(buffer, b.to(DTYPE), mask=mask)
+        stored = b.to(DTYPE)
+        tl.store(buffer, stored.to(ACC) + 0.0 if DAMPED else stored, mask=mask)  # + 0.0: never -0
         g = g + tl.full((), momentum, ACC) * b if NESTEROV else b
     tl.store(param, (p + tl.load(numbers_ptr + 2).to(ACC) * g).to(DTYPE), mask=mask)
 
@@ -103,6 +108,7 @@ def sgd_(
         ],
         lambda _: (momentum, 1 - dampening, weight_decay),
         MOMENTUM=momentum != 0,
+        DAMPED=dampening != 0,
         NESTEROV=nesterov,
         MAXIMIZE=maximize,
         WEIGHT_DECAY=weight_decay != 0,

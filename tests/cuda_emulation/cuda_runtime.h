@@ -61,8 +61,8 @@ void start_copy(void* to, const void* from);
 void commit_copies();
 void wait_for_copies(unsigned groups);
 void load_matrices(bool transposed, unsigned* matrices, const void* row, const char* file, int line);
-// values: the lane's 8 elements of a, then its 4 of b.
-void multiply_add_matrices(float* sums, const float* values, const char* file, int line);
+// values: what is in the lane's 4 words of a, then in its 2 of b, `elements` in each.
+void multiply_add_matrices(float* sums, const float* values, unsigned elements, const char* file, int line);
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
 
 }  // namespace cuda_emulation

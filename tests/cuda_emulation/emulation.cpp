@@ -324,18 +324,20 @@ void load_matrices(bool transposed, unsigned* matrices, const void* row, const c
                              : element(m, major, minor) | element(m, major, minor + 1) << 16;
 }
 
-void multiply_add_matrices(float* sums, const float* values, const char* file, int line) {
+void multiply_add_matrices(float* sums, const float* values, unsigned elements, const char* file, int line) {
   Gift own;
   static_assert(sizeof own == 12 * sizeof *values);
-  memcpy(&own, values, sizeof own);
+  memcpy(&own, values, 6 * elements * sizeof *values);
   const Gift* gifts = share(~0u, own, file, line);
   const auto of_lane = [&](unsigned lane) { return reinterpret_cast<const float*>(&gifts[lane]); };
   const unsigned row = current % 32 / 4, column = current % 4 * 2;
-  for (unsigned k = 0; k < 16; ++k) {
-    const unsigned lane = k % 8 / 2, element = k / 8 * 4 + k % 2;  // of a; b has no second half of rows
-    for (unsigned i = 0; i < 4; ++i)
-      sums[i] +=
-          of_lane(row * 4 + lane)[element + i / 2 * 2] * of_lane((column + i % 2) * 4 + lane)[8 + k / 8 * 2 + k % 2];
+  for (unsigned k = 0; k < 8 * elements; ++k) {
+    const unsigned lane = k / elements % 4, half = k / elements / 4;
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned of_a = half * 2 + i / 2, of_b = 4 + half;  // words
+      sums[i] += of_lane(row * 4 + lane)[of_a * elements + k % elements] *
+                 of_lane((column + i % 2) * 4 + lane)[of_b * elements + k % elements];
+    }
   }
 }
 

@@ -188,6 +188,13 @@ __global__ void multiply(float* data) {
   if (threadIdx.x == 0 && data[0] == 0) data[0] = kThreads * (kThreads - 1) / 2;
 }
 
+__global__ void operand_not_rounded(float* data) {
+  const unsigned third = 0x3eaaaaab, of_a[4] = {third}, of_b[2] = {};
+  float sums[4] = {};
+  fastnn::cuda::multiply_add_matrices<float>(sums, of_a, of_b);
+  data[threadIdx.x] = sums[0];
+}
+
 struct Case {
   const char* name;
   void (*kernel)(float*);
@@ -207,6 +214,7 @@ const Case kCases[] = {
     {"copy left behind", copy_left_behind},
     {"misaligned copy", misaligned_copy},
     {"matrices in branch", multiply<false>},
+    {"operand not rounded", operand_not_rounded},
     {"no first barrier", sum<false, true>},
     {"no other barriers", sum<true, false>},
     {"no warp barrier", exchange<1, false>},

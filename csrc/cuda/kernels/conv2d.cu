@@ -1,18 +1,19 @@
 // The convolutions' launchers: which kernels a problem takes; and the kernels beside the matrix products of
 // conv2d_gemm.h.
 //
-// pack_weight_kernel             the weight as rows over (tap, channel), so that its tiles come by 16-byte copies
-// whatever
-//                                its strides: 2 * weight bytes.
-// direct_conv_kernel             groups of few results, which would leave most of a tile idle: a thread a result, every
-//                                operand from the caches. 2 operations and two loads a product; memory-bound where taps
-//                                are few. What lies in the padding is left out, not multiplied.
-// direct_grad_weight_kernel      the same of the weight's gradient: a block sums one product over a slice of positions,
-//                                or, of 32 neighbouring channels, 32 of them. Without a source, the bias's gradient.
-// sum_slices_kernel              adds what blocks summed over slices of the positions, in order: shape alone decides
-// how
-//                                many, so the bits are the same every time.
-// pool_kernel                    max-pools results that lie in memory, where windows overlap or are larger than a tile.
+// pack_weight_kernel: the weight as rows over (tap, channel), so that its tiles come by 16-byte copies whatever its
+//   strides. 2 * weight bytes.
+// direct_conv_kernel: groups of few results, which would leave most of a tile idle. A thread has four neighbouring
+//   results of a row, and of a depthwise convolution in channels_last 16 bytes of channels of each: 32 sums in bf16,
+//   for which a tap is one load of the weight and four of the source, 6 instructions a product; of one channel, 7.
+//   Bytes: the source comes from memory once, from the caches once a tap; the results are written once. Memory-bound
+//   where taps are few. What lies in the padding is left out, not multiplied.
+// direct_grad_weight_kernel: the same of the weight's gradient. A thread sums three products, of 16 bytes of channels
+//   where it may, over its share of a slice of the positions, and the block its threads', by halves. Bytes: both
+//   operands once for every three products. Without a source, the bias's gradient.
+// sum_slices_kernel: adds what blocks summed over slices of the positions, in order: shape alone decides how many, so
+//   the bits are the same every time.
+// pool_kernel: max-pools results that lie in memory, where windows overlap or are larger than a tile.
 #include "cuda/kernels/conv2d.h"
 
 #include <algorithm>
@@ -28,8 +29,10 @@ FASTNN_CONV_TILES(extern, f16)
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 256;
 constexpr int kSmallGroup = 16;  // results of a group that a tile is too wide for
+constexpr int kStrip = 4;        // neighbouring results of a row that a thread takes
+constexpr int kEntries = 3;      // of the weight's gradient that a thread takes: a row of the commonest kernel
 // The weight's gradient: blocks enough for the largest GPUs, of so many steps (a small group's: positions) at the
 // least, and memory for all the slices.
 constexpr int64_t kGradBlocks = 512, kSliceSteps = 8, kSlicePositions = 256, kSliceBytes = int64_t(64) << 20;
@@ -61,89 +64,145 @@ __global__ void __launch_bounds__(kThreads, 1)
 struct DirectConvArgs {
   ConvProblem problem;
   Source source;
-  Positions positions;
-  Divisor channels, group_results;
-  bool by_channel;  // the order of threads: as results lie in memory
+  Positions strips;                 // of kStrip results of a row
+  Divisor channels, group_results;  // channels: counted as a thread takes them
+  bool by_channel;                  // the order of threads: as results lie in memory
 };
 
-template <class T>
+// N > 1: depthwise, and the weight is packed.
+template <class T, int N, bool kMasked>
 __global__ void __launch_bounds__(kThreads, 1) direct_conv_kernel(const __grid_constant__ DirectConvArgs args) {
+  using A = Accumulator<T>;
   const ConvProblem& problem = args.problem;
   int64_t index = thread_index(), channel;
   if (args.by_channel) {
-    const int64_t position = divide_off(index, args.channels);
-    channel = index, index = position;
+    const int64_t strip = divide_off(index, args.channels);
+    channel = index, index = strip;
   } else {
-    channel = divide_off(index, args.positions.plane);
-    index += divide_off(channel, args.channels) * args.positions.plane.divisor;
+    channel = divide_off(index, args.strips.plane);
+    index += divide_off(channel, args.channels) * args.strips.plane.divisor;
   }
-  const Position p = PositionsFrom(args.positions, index)[0];
-  if (p.n < 0) return;
+  channel *= N;
+  const Position strip = PositionsFrom(args.strips, index)[0];
+  if (strip.n < 0) return;
   int64_t result = channel;
   const int64_t group = divide_off(result, args.group_results);
-  const T* const weight =
-      static_cast<const T*>(problem.weight) + group * problem.weight_group + result * problem.weight_result;
-  Accumulator<T> sum = 0;
-  for (int i = 0; i < problem.rows.taps; ++i)
-    for (int j = 0; j < problem.cols.taps; ++j) {
-      const int row = problem.rows.first + p.row * problem.rows.step + i * problem.rows.tap;
-      const int col = problem.cols.first + p.col * problem.cols.step + j * problem.cols.tap;
-      if (!args.source.has(row, col)) continue;
-      for (int c = 0; c < problem.group_channels; ++c) {
-        const int source_channel = int(group) * problem.group_channels + c;
-        const T x = load_pixel<T, 1, false, true>(args.source, p.n, source_channel, row, col).values[0];
-        sum += widen(x) * widen(weight[c * problem.weight_channel + i * problem.weight_row + j * problem.weight_col]);
+  const T* weight = static_cast<const T*>(problem.weight);
+  if constexpr (N == 1) weight += group * problem.weight_group + result * problem.weight_result;
+  const int first_row = problem.rows.first + strip.row * problem.rows.step;
+  const int first_col = problem.cols.first + strip.col * kStrip * problem.cols.step;
+  const int first_channel = int(group) * problem.group_channels;
+  const int64_t column_step = problem.cols.step * args.source.stride.w;
+  A sums[kStrip][N] = {};
+  for (int i = 0; i < problem.rows.taps; ++i) {
+    const int row = first_row + i * problem.rows.tap;
+    if (unsigned(row) >= unsigned(args.source.height)) continue;
+    const T* const first =
+        static_cast<const T*>(args.source.data) + offset(args.source.stride, strip.n, first_channel, row, first_col);
+    for (int j = 0; j < problem.cols.taps; ++j)
+      for (int c = 0; c < (N > 1 ? 1 : problem.group_channels); ++c) {
+        const Pack<T, N> tap = load_pack<N>(
+            weight + (N > 1 ? (i * problem.cols.taps + j) * int64_t(problem.groups) + channel
+                            : c * problem.weight_channel + i * problem.weight_row + j * problem.weight_col));
+        const T* at = first + c * args.source.stride.c + j * (problem.cols.tap * args.source.stride.w);
+        int col = first_col + j * problem.cols.tap;
+#pragma unroll
+        for (int q = 0; q < kStrip; ++q, at += column_step, col += problem.cols.step) {
+          if (unsigned(col) >= unsigned(args.source.width)) continue;
+          const auto x = kMasked ? load_pixel<T, N, (N > 1), true>(args.source, strip.n, first_channel + c, row, col)
+                                 : load_pack<N>(at);
+#pragma unroll
+          for (int e = 0; e < N; ++e) sums[q][e] += widen(x.values[e]) * widen(tap.values[e]);
+        }
       }
+  }
+#pragma unroll
+  for (int q = 0; q < kStrip; ++q) {
+    const int col = strip.col * kStrip + q;
+    if (col >= problem.result_cols) return;
+    Pack<T, N> results;
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      A value = sums[q][e];
+      if (problem.bias) value += widen(static_cast<const T*>(problem.bias)[(channel + e) * problem.bias_stride]);
+      if (problem.relu && value < 0) value = 0;
+      results.values[e] = narrow<T>(value);
     }
-  if (problem.bias) sum += widen(static_cast<const T*>(problem.bias)[channel * problem.bias_stride]);
-  if (problem.relu && sum < 0) sum = 0;
-  static_cast<T*>(problem.result)[offset(problem.result_stride, p.n, int(channel), p.row, p.col)] = narrow<T>(sum);
+    store_pack(static_cast<T*>(problem.result) + offset(problem.result_stride, strip.n, int(channel), strip.row, col),
+               results);
+  }
 }
 
-// Without data the source is 1 wherever the gradient is.
-template <class T>
+// N > 1: depthwise. Without data the source is 1 wherever the gradient is. lanes: neighbouring threads that take
+// neighbouring channels, a power of two.
+template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 1)
-    direct_grad_weight_kernel(const __grid_constant__ GradWeightArgs args, int64_t slice_positions, bool by_channel) {
+    direct_grad_weight_kernel(const __grid_constant__ GradWeightArgs args, int64_t slice_positions, int lanes) {
   using A = Accumulator<T>;
   const GradWeightProblem& problem = args.problem;
-  const int channels = problem.groups * problem.group_results, lane = int(threadIdx.x) % 32;
-  const unsigned channel_blocks = unsigned(by_channel ? (channels + 31) / 32 : channels);
-  const int channel = int(blockIdx.x % channel_blocks) * (by_channel ? 32 : 1) + (by_channel ? lane : 0);
-  const unsigned rest = blockIdx.x / channel_blocks;
-  const int entry = int(rest % unsigned(args.taps.depth));
-  const int64_t slice = rest / unsigned(args.taps.depth);
+  const int channels = problem.groups * problem.group_results, thread = int(threadIdx.x);
+  const unsigned channel_blocks = unsigned((channels + lanes * N - 1) / (lanes * N));
+  const int channel = (int(blockIdx.x % channel_blocks) * lanes + thread % lanes) * N;
+  const unsigned rest = blockIdx.x / channel_blocks, entry_blocks = unsigned(args.taps.depth + kEntries - 1) / kEntries;
+  const int first_entry = int(rest % entry_blocks) * kEntries;
+  const int64_t slice = rest / entry_blocks;
   const int group = channel / problem.group_results;
-  const Entry e = entry_of(args.taps, entry);
+  const int first_channel = group * problem.group_channels;
+  int rows[kEntries], cols[kEntries];
+  int64_t places[kEntries];
+#pragma unroll
+  for (int k = 0; k < kEntries; ++k) {
+    const Entry e = entry_of(args.taps, first_entry + k);
+    rows[k] = e.i * args.taps.rows.tap, cols[k] = e.j * args.taps.cols.tap;
+    places[k] = offset(args.source.stride, 0, e.channel, rows[k], cols[k]);
+  }
 
   const int64_t first = slice * slice_positions, last = first + slice_positions;
   const int64_t end = last < args.positions.count ? last : args.positions.count;
   const PositionsFrom positions(args.positions, first);
-  const int count = int(end - first), step = by_channel ? kWarps : kThreads;
-  A sum = 0;
-  for (int i = int(threadIdx.x) / (by_channel ? 32 : 1); channel < channels && i < count; i += step) {
+  const int count = int(end - first);
+  A sums[kEntries][N] = {};
+  for (int i = thread / lanes; channel < channels && i < count; i += kThreads / lanes) {
     const Position p = positions[i];
-    const A grad = widen(load_pixel<T, 1, false, true>(args.grad, p.n, channel, p.row, p.col).values[0]);
-    if (!args.source.data) {
-      sum += grad;
-      continue;
+    const auto grad = load_pixel<T, N, (N > 1), true>(args.grad, p.n, channel, p.row, p.col);
+    const int row = args.taps.rows.first + p.row * args.taps.rows.step;
+    const int col = args.taps.cols.first + p.col * args.taps.cols.step;
+    const T* const at =
+        static_cast<const T*>(args.source.data) + offset(args.source.stride, p.n, first_channel, row, col);
+#pragma unroll
+    for (int k = 0; k < kEntries; ++k) {
+      if (!args.source.data) {
+#pragma unroll
+        for (int e = 0; e < N; ++e) sums[k][e] += widen(grad.values[e]);
+      } else if (first_entry + k < args.taps.depth && args.source.has(row + rows[k], col + cols[k])) {
+        const auto x = load_pack<N>(at + places[k]);
+#pragma unroll
+        for (int e = 0; e < N; ++e) sums[k][e] += widen(grad.values[e]) * widen(x.values[e]);
+      }
     }
-    const int row = args.taps.rows.first + p.row * args.taps.rows.step + e.i * args.taps.rows.tap;
-    const int col = args.taps.cols.first + p.col * args.taps.cols.step + e.j * args.taps.cols.tap;
-    if (!args.source.has(row, col)) continue;
-    const int source_channel = group * problem.group_channels + e.channel;
-    sum += grad * widen(load_pixel<T, 1, false, false>(args.source, p.n, source_channel, row, col).values[0]);
   }
 
-  __shared__ A of_warp[kWarps][32];
-  if (!by_channel)
+  __shared__ A of_thread[kEntries * N][kThreads];
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-  of_warp[threadIdx.x / 32][lane] = sum;
-  __syncthreads();
-  if (int(threadIdx.x) >= (by_channel ? 32 : 1) || channel >= channels) return;
-  for (int w = 1; w < kWarps; ++w) sum += of_warp[w][lane];
-  const int64_t row = (slice * problem.groups + group) * args.taps.depth + entry;
-  static_cast<A*>(args.partials)[row * problem.group_results + channel % problem.group_results] = sum;
+  for (int k = 0; k < kEntries; ++k)
+#pragma unroll
+    for (int e = 0; e < N; ++e) of_thread[k * N + e][thread] = sums[k][e];
+  for (int half = kThreads / 2; half >= lanes; half /= 2) {
+    __syncthreads();
+    if (thread < half)
+#pragma unroll
+      for (int s = 0; s < kEntries * N; ++s) of_thread[s][thread] += of_thread[s][thread + half];
+  }
+  if (thread >= lanes || channel >= channels) return;
+#pragma unroll
+  for (int k = 0; k < kEntries; ++k)
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      if (first_entry + k >= args.taps.depth) return;
+      const int of_group = (channel + e) / problem.group_results, result = (channel + e) % problem.group_results;
+      const int64_t row = (slice * problem.groups + of_group) * args.taps.depth + first_entry + k;
+      static_cast<A*>(args.partials)[row * problem.group_results + result] = of_thread[k * N + e][thread];
+    }
 }
 
 struct SumArgs {
@@ -222,16 +281,53 @@ int packed_depth(DType dtype, const ConvProblem& p) {
   return int(ceil_div(Taps(p).depth, step) * step);
 }
 
+bool is_depthwise(const ConvGeometry& g) { return g.groups > 1 && g.group_channels == 1 && g.group_results == 1; }
+
+// The taps of a depthwise convolution, a row over all channels for each: the weight of one result of as many channels.
+ConvProblem tap_rows(ConvProblem p) {
+  p.weight_channel = p.weight_group;
+  p.group_channels = p.groups, p.groups = 1;
+  return p;
+}
+
+bool takes_packs(Access access) { return access == Access::kCopies || access == Access::kPacks; }
+
 template <class T>
-cudaError_t launch_direct_conv(const ConvProblem& p, cudaStream_t stream) {
-  const DirectConvArgs args{p,
-                            Source(p.source),
-                            Positions(p.batch, p.result_rows, p.result_cols),
-                            Divisor(p.groups * p.group_results),
-                            Divisor(p.group_results),
-                            p.result_stride.c == 1};
-  return launch(direct_conv_kernel<T>, ceil_div(args.positions.count * p.groups * p.group_results, kThreads), kThreads,
-                stream, args);
+cudaError_t launch_pack_weight(const ConvProblem& p, int depth, T* packed, cudaStream_t stream) {
+  const int64_t count = int64_t(p.groups) * p.group_results * depth;
+  return launch(pack_weight_kernel<T>, ceil_div(count, kThreads), kThreads, stream, p, Taps(p),
+                Divisor(std::max(depth, 1)), Divisor(p.group_results), count, packed);
+}
+
+template <class T>
+cudaError_t launch_direct_conv(DType dtype, ConvProblem p, T* packed, cudaStream_t stream) {
+  const Access access = access_to(p.source, dtype, p.batch, p.groups * p.group_channels);
+  const bool packs =
+      is_depthwise(p) && takes_packs(access) &&
+      in_packs(p.result, 16, p.result_stride, p.batch, p.result_rows, p.result_cols, p.groups, kPackElements<T>);
+  if (packs) {
+    const ConvProblem rows = tap_rows(p);
+    const cudaError_t error = launch_pack_weight(rows, Taps(rows).depth, packed, stream);
+    if (error != cudaSuccess) return error;
+    p.weight = packed;
+  }
+  const auto run = [&](auto pack, auto masked) {
+    constexpr int N = decltype(pack)::value;
+    const int64_t channels = int64_t(p.groups) * p.group_results / N;
+    const DirectConvArgs args{p,
+                              Source(p.source),
+                              Positions(p.batch, p.result_rows, ceil_div(p.result_cols, kStrip)),
+                              Divisor(channels),
+                              Divisor(p.group_results),
+                              p.result_stride.c == 1};
+    return launch(direct_conv_kernel<T, N, decltype(masked)::value>, ceil_div(args.strips.count * channels, kThreads),
+                  kThreads, stream, args);
+  };
+  const auto with_mask = [&](auto pack) {
+    return p.source.relu_output || p.source.pool_code ? run(pack, std::true_type{}) : run(pack, std::false_type{});
+  };
+  return packs ? with_mask(std::integral_constant<int, kPackElements<T>>{})
+               : with_mask(std::integral_constant<int, 1>{});
 }
 
 // How the positions are cut, in units: positions for small groups, else steps of a tile.
@@ -248,10 +344,17 @@ Slices cut(int64_t units, int64_t least, int64_t blocks, int64_t slice_bytes) {
 
 struct GradWeightPlan {
   GradWeightArgs args, bias_args;
-  bool small_group = false, by_channel = false;
+  bool small_group = false, packs = false, bias_packs = false;  // packs: of channels, where a thread takes them
   Slices slices = {}, bias_slices = {};
   int64_t partial_bytes = 0, bias_bytes = 0;
 };
+
+// How many of the `threads` that all channels take lie side by side in a block.
+int lanes_of(const GradWeightProblem& p, int64_t threads) {
+  int lanes = 1;
+  while (p.grad.stride.c == 1 && lanes < 32 && lanes < threads) lanes *= 2;
+  return lanes;
+}
 
 GradWeightPlan plan(DType dtype, const GradWeightProblem& p) {
   ConvGeometry of_grad = p;
@@ -268,28 +371,36 @@ GradWeightPlan plan(DType dtype, const GradWeightProblem& p) {
   const int64_t element = size_of(dtype), accumulator = element == 8 ? 8 : 4, results = p.groups * p.group_results;
   const int64_t depth = plan.args.taps.depth;
   plan.small_group = is_small_group(p);
-  plan.by_channel = p.grad.stride.c == 1;
-  const int64_t channel_blocks = plan.by_channel ? ceil_div(results, 32) : results;
+  plan.bias_packs = takes_packs(access_to(p.grad, dtype, p.batch, results));
+  plan.packs = plan.bias_packs && is_depthwise(p) && takes_packs(access_to(p.source, dtype, p.batch, results));
+  const auto direct_blocks = [&](bool packs, int64_t entries) {
+    const int64_t threads = packs ? results * element / 16 : results;
+    return ceil_div(threads, lanes_of(p, threads)) * ceil_div(entries, kEntries);
+  };
   const int64_t tiles = p.groups * ceil_div(depth, tile_rows(element)) *
                         ceil_div(p.group_results, tile_columns(element, p.group_results));
   plan.slices =
       plan.small_group
-          ? cut(positions.count, kSlicePositions, channel_blocks * depth, depth * results * accumulator)
+          ? cut(positions.count, kSlicePositions, direct_blocks(plan.packs, depth), depth * results * accumulator)
           : cut(ceil_div(positions.count, kStepBytes / element), kSliceSteps, tiles, depth * results * accumulator);
   plan.args.slice_steps = int(plan.slices.units);
-  plan.bias_slices = cut(positions.count, kSlicePositions, channel_blocks, results * accumulator);
+  plan.bias_slices = cut(positions.count, kSlicePositions, direct_blocks(plan.bias_packs, 1), results * accumulator);
   plan.partial_bytes = p.weight_result ? plan.slices.count * depth * results * accumulator : 0;
   plan.bias_bytes = p.bias_result ? plan.bias_slices.count * results * accumulator : 0;
   return plan;
 }
 
 template <class T>
-cudaError_t launch_direct_grad_weight(const GradWeightArgs& args, const Slices& slices, bool by_channel,
+cudaError_t launch_direct_grad_weight(const GradWeightArgs& args, const Slices& slices, bool packs,
                                       cudaStream_t stream) {
-  const int64_t channels = args.problem.groups * args.problem.group_results;
-  return launch(direct_grad_weight_kernel<T>,
-                slices.count * args.taps.depth * (by_channel ? ceil_div(channels, 32) : channels), kThreads, stream,
-                args, slices.units, by_channel);
+  const auto run = [&](auto kernel, int64_t threads) {
+    const int lanes = lanes_of(args.problem, threads);
+    return launch(kernel, slices.count * ceil_div(args.taps.depth, kEntries) * ceil_div(threads, lanes), kThreads,
+                  stream, args, slices.units, lanes);
+  };
+  const int64_t channels = int64_t(args.problem.groups) * args.problem.group_results;
+  return packs ? run(direct_grad_weight_kernel<T, kPackElements<T>>, channels / kPackElements<T>)
+               : run(direct_grad_weight_kernel<T, 1>, channels);
 }
 
 template <class T>
@@ -314,13 +425,15 @@ bool pools_results(DType dtype, const ConvProblem& p) {
 }
 
 int64_t conv_scratch_bytes(DType dtype, const ConvProblem& p) {
-  return is_small_group(p) ? 0 : int64_t(p.groups) * p.group_results * packed_depth(dtype, p) * size_of(dtype);
+  if (is_small_group(p) && !is_depthwise(p)) return 0;
+  const int64_t depth = is_depthwise(p) ? Taps(p).depth : packed_depth(dtype, p);
+  return int64_t(p.groups) * p.group_results * depth * size_of(dtype);
 }
 
 cudaError_t launch_conv(DType dtype, const ConvProblem& p, void* scratch, cudaStream_t stream) {
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    if (is_small_group(p)) return launch_direct_conv<T>(p, stream);
+    if (is_small_group(p)) return launch_direct_conv(dtype, p, static_cast<T*>(scratch), stream);
     const int64_t rows = p.pool_code ? p.pool.out_h : p.result_rows, cols = p.pool_code ? p.pool.out_w : p.result_cols;
     ConvArgs args{p, Source(p.source), Taps(p), Positions(p.batch, rows, cols), scratch, packed_depth(dtype, p)};
     if (p.pool_code) {
@@ -330,10 +443,7 @@ cudaError_t launch_conv(DType dtype, const ConvProblem& p, void* scratch, cudaSt
     }
     args.channels_adjacent =
         in_packs(p.result, 16, p.result_stride, p.batch, rows, cols, p.group_results, kPackElements<T>);
-    const int64_t count = int64_t(p.groups) * p.group_results * args.packed_depth;
-    const cudaError_t error =
-        launch(pack_weight_kernel<T>, ceil_div(count, kThreads), kThreads, stream, p, args.taps,
-               Divisor(std::max(args.packed_depth, 1)), Divisor(p.group_results), count, static_cast<T*>(scratch));
+    const cudaError_t error = launch_pack_weight(p, args.packed_depth, static_cast<T*>(scratch), stream);
     if (error != cudaSuccess) return error;
     return launch_conv_tiles<T>(args, access_to(p.source, dtype, p.batch, p.group_channels), stream);
   });
@@ -360,15 +470,14 @@ cudaError_t launch_grad_weight(DType dtype, const GradWeightProblem& p, void* sc
     of.bias_args.partials = static_cast<char*>(scratch) + of.partial_bytes;
     cudaError_t error = cudaSuccess;
     if (p.weight_result) {
-      const Access to_grad = access_to(p.grad, dtype, p.batch, p.group_results);
-      const bool packs = access_to(p.source, dtype, p.batch, p.group_channels) == Access::kCopies &&
-                         (to_grad == Access::kCopies || to_grad == Access::kPacks);
-      error = of.small_group ? launch_direct_grad_weight<T>(of.args, of.slices, of.by_channel, stream)
-                             : launch_grad_weight_tiles<T>(of.args, of.slices.count, packs, stream);
+      const Access access = access_to(p.source, dtype, p.batch, p.group_channels);
+      const bool grad_packs = takes_packs(access_to(p.grad, dtype, p.batch, p.group_results));
+      error = of.small_group ? launch_direct_grad_weight<T>(of.args, of.slices, of.packs, stream)
+                             : launch_grad_weight_tiles<T>(of.args, of.slices.count, access, grad_packs, stream);
       if (error == cudaSuccess) error = launch_sum<T>(of.args, of.slices.count, p.weight_result, stream);
     }
     if (p.bias_result && error == cudaSuccess) {
-      error = launch_direct_grad_weight<T>(of.bias_args, of.bias_slices, of.by_channel, stream);
+      error = launch_direct_grad_weight<T>(of.bias_args, of.bias_slices, of.bias_packs, stream);
       if (error == cudaSuccess) error = launch_sum<T>(of.bias_args, of.bias_slices.count, p.bias_result, stream);
     }
     return error;

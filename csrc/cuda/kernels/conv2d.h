@@ -38,6 +38,7 @@ struct ConvGeometry {
   int64_t batch;
   int result_rows, result_cols;
   int groups, group_channels, group_results;
+  bool tf32;  // float's products may be of numbers rounded to TF32
 };
 
 struct ConvProblem : ConvGeometry {

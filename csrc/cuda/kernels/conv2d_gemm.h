@@ -14,10 +14,11 @@
 // memory (channels_last). Where a gradient is masked by a ReLU or a max-pool, or channels are no neighbours (NCHW:
 // positions are), one step is on its way in registers, which turns 16 bytes of channels at a time: memory is read along
 // whichever runs through it. Chunks of 16 bytes are swizzled, so that eight rows' chunks, and a row's eight, lie in all
-// banks. 16-bit types multiply on the matrix units, m16n8k16 with float sums, a warp 64 x 32; float and double in
-// registers, a thread 8 x 8 and 4 x 4. Operations: 2 * positions * results * taps * channels, rounded up to tiles.
-// Bytes: a tile of the source is read once for every kN results, taps and neighbouring blocks from the caches; the
-// results are written once, through shared memory so that they are written along memory, too.
+// banks. 16-bit types multiply on the matrix units, m16n8k16 with float sums, a warp 64 x 32, and so does float,
+// m16n8k8, where it may be rounded to TF32, which the operands are on their way from shared memory; else float and
+// double multiply in registers, a thread 8 x 8 and 4 x 4. Operations: 2 * positions * results * taps * channels,
+// rounded up to tiles. Bytes: a tile of the source is read once for every kN results, taps and neighbouring blocks from
+// the caches; the results are written once, through shared memory so that they are written along memory, too.
 #pragma once
 
 #include <type_traits>
@@ -36,6 +37,11 @@ enum class Access {
   kMaskedElements,  // the same, with or without
 };
 
+// What kElements reads, unless channels come in whole chunks, and the others do not take.
+struct NoTable {};
+template <Access kAccess>
+using TableOf = std::conditional_t<kAccess == Access::kElements, TapTable, NoTable>;
+
 // ---- tiles ----
 
 template <class T, int kRows, int kColumns>
@@ -51,11 +57,11 @@ struct SharedTile {
 };
 
 // What a block computes at once, and with how many threads.
-template <class T, int kM_, int kN_>
+template <class T, int kM_, int kN_, bool kMatrixUnits_>
 struct Shape {
   using Element = T;
   static constexpr int kM = kM_, kN = kN_, kDepth = 64 / sizeof(T);
-  static constexpr bool kMatrixUnits = sizeof(T) == 2;
+  static constexpr bool kMatrixUnits = kMatrixUnits_;
   static constexpr int kThreads = kMatrixUnits ? kM / 64 * (kN / 32) * 32 : 128;
 };
 
@@ -68,8 +74,8 @@ class PixelLoader {
   using Tile = SharedTile<T, kRows, kColumns>;
 
   // first_channel: of the group.
-  __device__ PixelLoader(const Source& source, const Taps& taps, int first_channel)
-      : source_(source), taps_(taps), first_channel_(first_channel) {}
+  __device__ PixelLoader(const Source& source, const Taps& taps, const TableOf<kAccess>& table, int first_channel)
+      : source_(source), taps_(taps), table_(table), first_channel_(first_channel) {}
 
   template <class PositionOf>
   __device__ void set_positions(const PositionOf& position_of) {
@@ -131,8 +137,18 @@ class PixelLoader {
   __device__ Pack<T, N> load(int u) const {
     if (kAlongRows || taps_.channels % N == 0) return load_tap<N, kAlongRows>(u, indices_[u], entries_[u]);
     Pack<T, N> pack = {};
-    if constexpr (!kAlongRows) {
-#pragma unroll(kMasked ? 1 : N)
+    if constexpr (kAccess == Access::kElements) {
+      const Position& p = positions_[u];
+      if (p.n < 0) return pack;
+      const T* const first =
+          static_cast<const T*>(source_.data) + offset(source_.stride, p.n, first_channel_, p.row, p.col);
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        const TapTable::Place place = table_.places[indices_[u] + e];
+        if (source_.has(p.row + place.row, p.col + place.col)) pack.values[e] = first[place.offset];
+      }
+    } else if constexpr (!kAlongRows) {
+#pragma unroll 1
       for (int e = 0; e < N; ++e) {
         // `e` must not index registers.
 #pragma unroll
@@ -153,6 +169,7 @@ class PixelLoader {
 
   const Source& source_;
   const Taps& taps_;
+  const TableOf<kAccess>& table_;
   int first_channel_;
   Position positions_[kOwn];  // where tap (0, 0) is
   int indices_[kOwn];
@@ -247,7 +264,7 @@ class PlainSums {
 template <class Shape, bool kAcross>
 class MatrixSums {
   using T = typename Shape::Element;
-  static constexpr int kWarpsM = Shape::kM / 64;
+  static constexpr int N = kPackElements<T>, kWarpsM = Shape::kM / 64;
 
  public:
   static constexpr int kI = 8, kJ = 8;
@@ -258,16 +275,14 @@ class MatrixSums {
 
   template <class TileA, class TileB>
   __device__ void add(TileA& a, TileB& b) {
-    // The 8 x 8 matrices of 16 x 16 operands: of a, one of 4 x 4 products of 16 x 8 needs all, rows first; of b one
-    // needs the first two, of which the second is further along what is summed over.
-    const int lane = int(threadIdx.x) % 32, within = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
+    // Of a, one of 4 x 4 products of 16 x 8 needs all four matrices; of b, two.
 #pragma unroll
-    for (int k = 0; k < Shape::kDepth; k += 16) {
+    for (int k = 0; k < Shape::kDepth; k += 2 * N) {
       unsigned of_a[4][4], of_b[2][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) load<kAcross>(of_a[i], a, first_m() + i * 16 + second, k + third, within);
+      for (int i = 0; i < 4; ++i) load<true>(of_a[i], a, first_m() + i * 16, k);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) load<kAcross>(of_b[j], b, first_n() + j * 16 + third, k + second, within);
+      for (int j = 0; j < 2; ++j) load<false>(of_b[j], b, first_n() + j * 16, k);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -279,11 +294,25 @@ class MatrixSums {
   __device__ static int first_m() { return int(threadIdx.x) / 32 % kWarpsM * 64; }
   __device__ static int first_n() { return int(threadIdx.x) / 32 / kWarpsM * 32; }
 
-  // The lane's matrix begins at `outer` of the product's rows or columns and at `k` of what is summed over.
-  template <bool kTransposed, class Tile>
-  __device__ static void load(unsigned (&matrices)[4], Tile& tile, int outer, int k, int within) {
-    load_matrices<kTransposed>(matrices,
-                               kTransposed ? &tile.chunk(k + within, outer / 8) : &tile.chunk(outer + within, k / 8));
+  // Four matrices, 8 of the product's rows or columns from `outer` on by N of what is summed over from `k` on. The
+  // second one is further along the former (kOuterFirst) or along the latter.
+  template <bool kOuterFirst, class Tile>
+  __device__ static void load(unsigned (&matrices)[4], Tile& tile, int outer, int k) {
+    const int lane = int(threadIdx.x) % 32;
+    const auto outer_of = [&](int matrix) { return outer + (kOuterFirst ? matrix % 2 : matrix / 2) * 8; };
+    const auto k_of = [&](int matrix) { return kOuterFirst ? matrix / 2 : matrix % 2; };
+    if constexpr (kAcross && sizeof(T) == 4) {
+      // Only 16-bit elements come transposed. Which of the 8 rows a lane takes for which is free, if a's and b's are
+      // the same: every other row lies in banks of its own.
+#pragma unroll
+      for (int m = 0; m < 4; ++m) matrices[m] = to_tf32(tile.at(k + lane % 4 * 2 + k_of(m), outer_of(m) + lane / 4));
+    } else {
+      const int row = outer_of(lane / 8), at = k + k_of(lane / 8) * N, within = lane % 8;
+      load_matrices<kAcross>(matrices, kAcross ? &tile.chunk(at + within, row / 8) : &tile.chunk(row + within, at / N));
+      if constexpr (sizeof(T) == 4)
+#pragma unroll
+        for (unsigned& word : matrices) word = to_tf32(word);
+    }
   }
 
   float sums_[4][4][4] = {};
@@ -387,7 +416,7 @@ __device__ void write_results(const ConvArgs& args, Tile& results, const Positio
 
 template <class Shape, Access kAccess>
 __global__ void __launch_bounds__(Shape::kThreads, kAccess == Access::kCopies ? 2 : 1)
-    conv_kernel(const __grid_constant__ ConvArgs args) {
+    conv_kernel(const __grid_constant__ ConvArgs args, const __grid_constant__ TableOf<kAccess> table) {
   using T = typename Shape::Element;
   using Pixels = PixelLoader<T, Shape::kM, Shape::kDepth, Shape::kThreads, kAccess>;
   using Weights = WeightLoader<T, Shape::kN, Shape::kDepth, Shape::kThreads>;
@@ -405,7 +434,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kAccess == Access::kCopies ? 
   const int first_result = group * problem.group_results + first_n, results = problem.group_results - first_n;
 
   const PositionsFrom positions(args.positions, tile * (problem.pool_code ? args.tile_windows : Shape::kM));
-  Pixels pixels(args.source, args.taps, group * problem.group_channels);
+  Pixels pixels(args.source, args.taps, table, group * problem.group_channels);
   pixels.set_positions([&](int m) { return position_of(args, positions, m); });
   const Weights weights(static_cast<const T*>(args.weight) + int64_t(first_result) * args.packed_depth, results,
                         args.packed_depth);
@@ -448,7 +477,8 @@ struct GradWeightArgs {
 };
 
 template <class Shape, Access kAccess, Access kGradAccess>
-__global__ void __launch_bounds__(Shape::kThreads, 1) grad_weight_kernel(const __grid_constant__ GradWeightArgs args) {
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    grad_weight_kernel(const __grid_constant__ GradWeightArgs args, const __grid_constant__ TableOf<kAccess> table) {
   using T = typename Shape::Element;
   using Pixels = PixelLoader<T, Shape::kDepth, Shape::kM, Shape::kThreads, kAccess>;
   using Grads = PixelLoader<T, Shape::kDepth, Shape::kN, Shape::kThreads, kGradAccess>;
@@ -463,8 +493,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) grad_weight_kernel(const _
   const int group = int(rest % groups);
   const int64_t slice = rest / groups, slice_positions = int64_t(args.slice_steps) * Shape::kDepth;
 
-  Pixels pixels(args.source, args.taps, group * args.problem.group_channels);
-  Grads grads(args.grad, args.grad_taps, group * group_results);
+  Pixels pixels(args.source, args.taps, table, group * args.problem.group_channels);
+  const NoTable none;
+  Grads grads(args.grad, args.grad_taps, none, group * group_results);
   pixels.set_entries(first_m);
   grads.set_entries(first_n);
   const PositionsFrom positions(args.positions, slice * slice_positions);
@@ -504,47 +535,69 @@ constexpr int tile_columns(size_t element, int results) {
 }
 constexpr int64_t kStepBytes = 64;
 
-// Calls f(Shape of T for so many results).
+// Calls f(Shape of T for the problem).
 template <class T, class F>
-cudaError_t with_shape(int results, const F& f) {
+cudaError_t with_shape(const ConvGeometry& g, const F& f) {
+  constexpr int kM = tile_rows(sizeof(T)), kN = tile_columns(sizeof(T), 1);
   if constexpr (sizeof(T) == 2)
-    if (tile_columns(sizeof(T), results) == 128) return f(Shape<T, tile_rows(sizeof(T)), 128>{});
-  return f(Shape<T, tile_rows(sizeof(T)), tile_columns(sizeof(T), 1)>{});
+    if (tile_columns(sizeof(T), g.group_results) == 128) return f(Shape<T, kM, 128, true>{});
+  if constexpr (sizeof(T) == 4)
+    if (g.tf32) return f(Shape<T, kM, kN, true>{});
+  return f(Shape<T, kM, kN, sizeof(T) == 2>{});
+}
+
+// Whether kElements reads this source.
+template <class T, class Args>
+bool in_chunks_or_table(const Args& args, TapTable& table) {
+  return args.taps.channels % kPackElements<T> == 0 || table.fill(args.problem);
 }
 
 template <class T>
 cudaError_t launch_conv_tiles(const ConvArgs& args, Access access, cudaStream_t stream) {
-  return with_shape<T>(args.problem.group_results, [&](auto shape) {
+  return with_shape<T>(args.problem, [&](auto shape) {
     using S = decltype(shape);
     const int64_t rows = args.problem.pool_code ? args.tile_windows : S::kM;
     const int64_t blocks =
         ceil_div(args.positions.count, rows) * args.problem.groups * ceil_div(args.problem.group_results, S::kN);
+    const auto run = [&](auto kernel, const auto& table) {
+      return launch(kernel, blocks, S::kThreads, stream, args, table);
+    };
     if constexpr (sizeof(T) < 8) {
-      if (access == Access::kCopies) return launch(conv_kernel<S, Access::kCopies>, blocks, S::kThreads, stream, args);
-      if (access == Access::kPacks) return launch(conv_kernel<S, Access::kPacks>, blocks, S::kThreads, stream, args);
+      if (access == Access::kCopies) return run(conv_kernel<S, Access::kCopies>, NoTable{});
+      if (access == Access::kPacks) return run(conv_kernel<S, Access::kPacks>, NoTable{});
     }
-    if (access == Access::kElements)
-      return launch(conv_kernel<S, Access::kElements>, blocks, S::kThreads, stream, args);
-    return launch(conv_kernel<S, Access::kMaskedElements>, blocks, S::kThreads, stream, args);
+    TapTable table;
+    if (access == Access::kElements && in_chunks_or_table<T>(args, table))
+      return run(conv_kernel<S, Access::kElements>, table);
+    return run(conv_kernel<S, Access::kMaskedElements>, NoTable{});
   });
 }
 
 template <class T>
-cudaError_t launch_grad_weight_tiles(const GradWeightArgs& args, int64_t slices, bool packs, cudaStream_t stream) {
-  return with_shape<T>(args.problem.group_results, [&](auto shape) {
+cudaError_t launch_grad_weight_tiles(const GradWeightArgs& args, int64_t slices, Access access, bool grad_packs,
+                                     cudaStream_t stream) {
+  return with_shape<T>(args.problem, [&](auto shape) {
     using S = decltype(shape);
     const int64_t blocks =
         slices * args.problem.groups * ceil_div(args.taps.depth, S::kM) * ceil_div(args.problem.group_results, S::kN);
+    const auto run = [&](auto kernel, const auto& table) {
+      return launch(kernel, blocks, S::kThreads, stream, args, table);
+    };
     if constexpr (sizeof(T) < 8)
-      if (packs)
-        return launch(grad_weight_kernel<S, Access::kCopies, Access::kPacks>, blocks, S::kThreads, stream, args);
-    return launch(grad_weight_kernel<S, Access::kElements, Access::kMaskedElements>, blocks, S::kThreads, stream, args);
+      if (access == Access::kCopies && grad_packs)
+        return run(grad_weight_kernel<S, Access::kCopies, Access::kPacks>, NoTable{});
+    TapTable table;
+    if (!in_chunks_or_table<T>(args, table))
+      return run(grad_weight_kernel<S, Access::kMaskedElements, Access::kMaskedElements>, NoTable{});
+    if constexpr (sizeof(T) < 8)
+      if (grad_packs) return run(grad_weight_kernel<S, Access::kElements, Access::kPacks>, table);
+    return run(grad_weight_kernel<S, Access::kElements, Access::kMaskedElements>, table);
   });
 }
 
 // In a file for each type, so that they compile side by side.
 #define FASTNN_CONV_TILES(prefix, T)                                                       \
   prefix template cudaError_t launch_conv_tiles<T>(const ConvArgs&, Access, cudaStream_t); \
-  prefix template cudaError_t launch_grad_weight_tiles<T>(const GradWeightArgs&, int64_t, bool, cudaStream_t);
+  prefix template cudaError_t launch_grad_weight_tiles<T>(const GradWeightArgs&, int64_t, Access, bool, cudaStream_t);
 
 }  // namespace fastnn::cuda

@@ -1,6 +1,8 @@
 // How the convolution kernels find and read the elements of a ConvSource.
 #pragma once
 
+#include <cstdlib>
+
 #include "cuda/kernels/conv2d.h"
 #include "cuda/kernels/launch.h"
 
@@ -89,6 +91,37 @@ __device__ inline Entry entry_of(const Taps& taps, int index) {
   const int i = divide_off(tap, taps.by_cols);
   return {index, i, tap};
 }
+
+// Where the entries are, from (tap (0, 0), channel 0) of the same position on: an entry's two divisions and the rest of
+// its address, worked out once on the host. Behind the last entry are some that lie outside of every source.
+struct TapTable {
+  static constexpr int kMost = 1024, kMore = 128;
+  struct Place {
+    int offset;  // elements
+    int16_t row, col;
+  };
+  Place places[kMost + kMore];
+
+  // Whether they fit.
+  bool fill(const ConvGeometry& g) {
+    const Taps taps(g);
+    const Strides4& s = g.source.stride;
+    const int64_t last_row = int64_t(taps.rows.taps - 1) * taps.rows.tap,
+                  last_col = int64_t(taps.cols.taps - 1) * taps.cols.tap;
+    const int64_t furthest = std::abs(last_row * s.h) + std::abs(last_col * s.w) + (taps.channels - 1) * s.c;
+    const int64_t lowest = taps.rows.first + int64_t(g.result_rows - 1) * taps.rows.step;
+    if (taps.depth > kMost || std::abs(last_row) > SHRT_MAX || std::abs(last_col) > SHRT_MAX || furthest > INT_MAX ||
+        lowest > SHRT_MAX)
+      return false;
+    for (int index = 0; index < taps.depth; ++index) {
+      const int tap = index / taps.channels, row = tap / taps.cols.taps * taps.rows.tap,
+                col = tap % taps.cols.taps * taps.cols.tap;
+      places[index] = {int(index % taps.channels * s.c + row * s.h + col * s.w), int16_t(row), int16_t(col)};
+    }
+    for (int index = taps.depth; index < taps.depth + kMore; ++index) places[index] = {0, SHRT_MIN, 0};
+    return true;
+  }
+};
 
 struct Source : ConvSource {
   Divisor pool_rows, pool_cols;

@@ -72,8 +72,8 @@ __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. It gets, of each, the
-// elements 2 (l % 4) and its right neighbour of row l / 4; transposed, of column l / 4.
+// Four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8. It gets, of each, 4 bytes
+// of row l / 4, the l % 4th; transposed, of 16-bit elements, those of rows 2 (l % 4) and the next in column l / 4.
 template <bool kTransposed>
 __device__ inline void load_matrices(unsigned (&matrices)[4], const void* row) {
   const unsigned from = unsigned(__cvta_generic_to_shared(row));
@@ -89,19 +89,29 @@ __device__ inline void load_matrices(unsigned (&matrices)[4], const void* row) {
                  : "memory");
 }
 
-// sums (16 x 8) += a (16 x 16, as its four 8 x 8 matrices, column by column) * b (16 x 8, as its two).
+// A float to the 19 bits that the matrix units read of it: round to nearest, ties away from zero.
+__device__ inline unsigned to_tf32(float value) {
+  unsigned bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+__device__ inline unsigned to_tf32(unsigned bits) { return to_tf32(__uint_as_float(bits)); }
+
+// sums (16 x 8) += a (16 rows of 32 bytes, as its four matrices of 8 rows of 16 bytes, column by column) * b (32 bytes
+// of each of 8 columns, as its two). Floats must be TF32 numbers.
 template <class T>
 __device__ inline void multiply_add_matrices(float (&sums)[4], const unsigned (&a)[4], const unsigned* b);
-#define FASTNN_MULTIPLY_ADD(T, name)                                                                             \
+#define FASTNN_MULTIPLY_ADD(T, shape, name)                                                                      \
   template <>                                                                                                    \
   __device__ inline void multiply_add_matrices<T>(float (&sums)[4], const unsigned (&a)[4], const unsigned* b) { \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                                   \
+    asm("mma.sync.aligned." shape ".row.col.f32." name "." name                                                  \
         ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                   \
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                             \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                     \
   }
-FASTNN_MULTIPLY_ADD(bf16, "bf16")
-FASTNN_MULTIPLY_ADD(f16, "f16")
+FASTNN_MULTIPLY_ADD(bf16, "m16n8k16", "bf16")
+FASTNN_MULTIPLY_ADD(f16, "m16n8k16", "f16")
+FASTNN_MULTIPLY_ADD(float, "m16n8k8", "tf32")
 #undef FASTNN_MULTIPLY_ADD
 
 }  // namespace fastnn::cuda

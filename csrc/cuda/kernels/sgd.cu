@@ -1,6 +1,7 @@
 // One SGD step of many tensors, in torch's order of operations:
 //   g = -g if maximize;  g = g + wd p, times -lr where the learning rate is in the velocity
-//   b = g on the first step, else momentum b + (1 - dampening) g
+//   b = g on the first step, else momentum b + (1 - dampening) g; with dampening also where b is -0, which no step
+//   leaves there: found_inf may have skipped the first one, of which the host need not know
 //   p = p - lr (b, or g + momentum b if nesterov, or g without momentum), without lr where the velocity has it
 //
 // Blocking: a thread takes two packs of 16 bytes of every operand (tensor_batch.h), and reads all before it writes.
@@ -31,8 +32,10 @@ __global__ void __launch_bounds__(kBatchThreads)
     A direction = grad;
     if constexpr (kMode != Momentum::kNone) {
       A& b = values[2];
-      b = kMode == Momentum::kFirstStep ? grad : b * momentum + undamped * grad;
-      direction = options.nesterov ? grad + momentum * b : b;
+      const bool damped = options.dampening != 0, first = damped && b == 0 && signbit(b);
+      const A sum = kMode == Momentum::kFirstStep || first ? grad : b * momentum + undamped * grad;
+      direction = options.nesterov ? grad + momentum * sum : sum;
+      b = damped ? widen(narrow<T>(sum)) + 0 : sum;  // + 0: never -0
     }
     p += step_factor * direction;
   };

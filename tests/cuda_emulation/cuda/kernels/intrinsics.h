@@ -39,14 +39,31 @@ void load_matrices(unsigned (&matrices)[4], const void* row, const char* file = 
   cuda_emulation::load_matrices(kTransposed, matrices, row, file, line);
 }
 
+inline unsigned to_tf32(unsigned bits) {
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  return is_nan ? 0x7fffe000 : (bits + 0x1000) & ~0x1fffu;
+}
+inline unsigned to_tf32(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, sizeof bits);
+  return to_tf32(bits);
+}
+
 template <class T>
 void multiply_add_matrices(float (&sums)[4], const unsigned (&a)[4], const unsigned* b,
                            const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  const auto wide = [](unsigned pair, int half) { return to_accumulator(T{uint16_t(pair >> 16 * half)}); };
-  float values[12];
-  for (int i = 0; i < 8; ++i) values[i] = wide(a[i / 2], i % 2);
-  for (int i = 0; i < 4; ++i) values[8 + i] = wide(b[i / 2], i % 2);
-  cuda_emulation::multiply_add_matrices(sums, values, file, line);
+  constexpr int kElements = 4 / sizeof(T);
+  const auto wide = [&](unsigned word, int index) {
+    T element;
+    memcpy(&element, reinterpret_cast<const char*>(&word) + index * sizeof element, sizeof element);
+    if (sizeof element == 4 && word & 0x1fff)
+      cuda_emulation::fault(cudaErrorLaunchFailure, "%s:%d multiplies %#x, which is no TF32 number", file, line, word);
+    return to_accumulator(element);
+  };
+  float values[6 * kElements];
+  for (int i = 0; i < 6 * kElements; ++i)
+    values[i] = wide(i < 4 * kElements ? a[i / kElements] : b[i / kElements - 4], i % kElements);
+  cuda_emulation::multiply_add_matrices(sums, values, kElements, file, line);
 }
 
 }  // namespace fastnn::cuda
