@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common/tensor_lists.h"
+#include "common/torch_objects.h"
 #include "cpu/bindings.h"
 #include "cpu/isa.h"
 
@@ -29,6 +30,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_current_isa, pybind11::arg("isa"), "Switch the whole process to another available one.");
   m.def("num_threads", [] { return torch::stable::get_num_threads(); }, "Threads a kernel uses at most.");
   pybind11::register_exception<fastnn::NotCovered>(m, "NotCovered", PyExc_RuntimeError);
+  fastnn::bind_questions(m);
   bind_conv2d(m);
   bind_relu(m);
   bind_max_pool2d(m);

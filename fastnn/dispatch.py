@@ -197,23 +197,11 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
     False sends the call to native torch: another dtype (or mixed ones), device, layout or tensor subclass, a
     torch.func transform, forward-mode AD, or ``backend('torch')``.
     """
-    device_type = "cpu"
-    dtype: torch.dtype | None = None
-    for tensor in tensors:  # in every call of every operator: one test a CPU tensor, the rest only where it fails
-        if tensor is None:
-            continue
-        if (
-            type(tensor) in _PLAIN_TYPES
-            and tensor.is_cpu
-            and tensor.layout is torch.strided
-            and (tensor.dtype is dtype or (dtype is None and tensor.dtype in KERNEL_DTYPES))
-        ):
-            dtype = tensor.dtype
-            continue
-        if (elsewhere := _device_type(op, tensors)) is None:
-            return False
-        device_type = elsewhere
-        break
+    # Mostly one question to C; the compiler cannot look into that, and asks in Python.
+    plain = not torch.compiler.is_compiling() and _C.are_plain(*tensors)
+    device_type = "cpu" if plain else _device_type(op, tensors)
+    if device_type is None:
+        return False
     if forced() is not None or device_type != "cpu":  # else the CPU's kernels, which are always there
         backend, reason = choice(op, device_type)
         if backend == "torch":

@@ -185,6 +185,34 @@ def test_what_is_not_covered_gives_the_native_result_and_one_line(caplog, backen
     assert [record.getMessage() for record in caplog.records] == [line]
 
 
+F32 = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        (F32,),
+        (F32, None, torch.nn.Parameter(F32)),
+        (F32.t()[1:], F32.expand(4, 2, 3)),
+        (F32.half(), F32.half()),
+        (F32.bfloat16(),),
+        (F32.double(),),
+        (None,),
+        (F32, F32.double()),
+        (F32.half(), F32.bfloat16()),
+        (F32.long(),),
+        (F32.to(torch.complex64),),
+        (F32.to(torch.float8_e4m3fn),),
+        (F32.to_sparse(),),
+        (F32.to("meta"),),
+        (torch.nn.Buffer(F32), F32.as_subclass(type("Sub", (torch.Tensor,), {}))),
+        (F32, 1.0),
+    ],
+)
+def test_the_question_to_c_is_answered_as_in_python(tensors):
+    assert dispatch._C.are_plain(*tensors) == (dispatch._device_type("relu", tensors) == "cpu")
+
+
 # ---- Triton that does not work ----
 
 FAKES = {

@@ -1056,3 +1056,12 @@ def test_inputs_are_left_alone_and_version_counters_checked(backend):
         w.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("wrong", [{"stride": (1.0, 1)}, {"padding": (0, 0.0)}, {"dilation": 1.0}, {"groups": 1.0}])
+def test_a_float_is_no_int_after_its_int_was_taken(wrong):
+    x, weight = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3)
+    name, value = next(iter(wrong.items()))
+    F.conv2d(x, weight, **{name: tuple(map(int, value)) if isinstance(value, tuple) else int(value)})
+    with pytest.raises(TypeError):
+        F.conv2d(x, weight, **wrong)

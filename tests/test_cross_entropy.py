@@ -1,6 +1,7 @@
 """cross_entropy on every implementation of this machine: values and gradients against float64, torch's own samples and
 errors, autograd, determinism, and the traps that other implementations fell into."""
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -13,6 +14,7 @@ from reference import mostly_big
 from torch.nn import functional as native
 from wheel import module_info, op_info
 
+import fastnn
 import fastnn.nn as fnn
 import fastnn.nn.functional as F
 
@@ -533,3 +535,33 @@ def test_module(backend):
     ours.load_state_dict({"weight": torch.ones(5)})
     theirs.load_state_dict(ours.state_dict())
     torch.testing.assert_close(ours(x, target), theirs(x, target))
+
+
+# ---- small calls ----
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "options", "forced", "native_torch"),
+    [
+        (8, torch.float32, {}, None, True),
+        (1024, torch.float32, {}, None, True),
+        (8, torch.float64, {"weight": True, "reduction": "none"}, None, True),
+        (8, torch.float32, {}, "cpu", False),
+        (1025, torch.float32, {}, None, False),
+        (8, torch.bfloat16, {}, None, False),
+        (8, torch.float32, {"label_smoothing": 0.1}, None, False),
+        (8, torch.float32, {"probabilities": True}, None, False),
+    ],
+)
+def test_few_logits_are_native_unless_the_kernels_are_forced(rows, dtype, options, forced, native_torch):
+    options = dict(options)
+    x = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
+    target = torch.arange(rows) % 8
+    if options.pop("probabilities", False):
+        target = torch.softmax(torch.randn_like(x), 1).detach()
+    if options.pop("weight", False):
+        options["weight"] = torch.rand(8, dtype=dtype)
+    with fastnn.backend(forced) if forced else contextlib.nullcontext():
+        loss = F.cross_entropy(x, target, **options)
+    assert ("CrossEntropyBackward" not in loss.grad_fn.name()) == native_torch
+    torch.testing.assert_close(loss, native.cross_entropy(x, target, **options))

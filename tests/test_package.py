@@ -148,9 +148,11 @@ def test_says_once_why_a_call_goes_native(caplog):
         for _ in range(3):
             fastnn.nn.functional.relu(torch.arange(1 << 15))
             fastnn.nn.functional.relu(torch.ones(3))
+            fastnn.nn.functional.cross_entropy(torch.ones(2, 3), torch.tensor([0, 2]))
     assert [record.getMessage() for record in caplog.records] == [
         "relu: native torch, because dtype torch.int64 has no kernel",
         "relu: native torch, because a small tensor, of up to 16384 elements, takes less time there",
+        "cross_entropy: native torch, because a small tensor, of up to 8192 elements, takes less time there",
     ]
 
 

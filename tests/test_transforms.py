@@ -328,3 +328,24 @@ def test_the_profilers_trace_has_every_operator_and_its_shapes(op: str, tmp_path
     forward, backward = shapes.values()
     assert forward[: len(inputs)] == [list(t.shape) for t in inputs]
     assert list(inputs[0].shape) in backward
+
+
+CONV = ([1, 1], [0, 0, 0, 0], [1, 1], 1)
+RAW = {
+    "relu": lambda x: torch.ops.fastnn.relu(x),
+    "relu_": lambda x: torch.ops.fastnn.relu_(x),
+    "relu_backward": lambda x: torch.ops.fastnn.relu_backward(x, torch.ones(x.shape)),
+    "conv2d": lambda x: torch.ops.fastnn.conv2d(torch.ones(1, 2, 4, 4), x, None, *CONV, False),
+    "cross_entropy": lambda x: torch.ops.fastnn.cross_entropy(x, torch.zeros(2, 2, 2).long(), None, 1, -100, 0.0),
+}
+
+
+@pytest.mark.parametrize("operator", RAW)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_raw_operator_refuses_tangents_instead_of_dropping_them(operator, requires_grad):
+    x = torch.randn(2, 2, 2, 2, requires_grad=requires_grad)
+    with forward_ad.dual_level():
+        with torch.no_grad():
+            RAW[operator](x.detach().clone())  # no tangent, no objection
+        with pytest.raises(NotImplementedError, match=f"fastnn.{operator} has no forward-mode derivative"):
+            RAW[operator](forward_ad.make_dual(x, torch.ones_like(x)))

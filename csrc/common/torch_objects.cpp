@@ -3,6 +3,48 @@
 namespace py = pybind11;
 
 namespace fastnn {
+namespace {
+
+bool has_kernel_dtype(const DLTensor& tensor) {
+  const int bits = tensor.type_bits;
+  return tensor.type_code == kDLFloat ? bits == 64 || bits == 32 || bits == 16 : tensor.type_code == kDLBfloat;
+}
+
+PyObject* are_plain(PyObject*, PyObject* objects) {
+  const TorchObjects& torch = torch_objects();
+  DLTensor first, tensor;
+  bool any = false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); ++i) {
+    PyObject* object = PyTuple_GET_ITEM(objects, i);
+    if (object == Py_None) continue;
+    if (!torch.dlpack || !torch.view(object, &tensor) || tensor.device_type != kDLCPU) Py_RETURN_FALSE;
+    if (!any) first = tensor;
+    any = true;
+    if (tensor.type_code != first.type_code || tensor.type_bits != first.type_bits) Py_RETURN_FALSE;
+  }
+  return PyBool_FromLong(!any || has_kernel_dtype(first));
+}
+
+bool all_ints(PyObject* objects) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); ++i) {
+    PyObject* object = PyTuple_GET_ITEM(objects, i);
+    if (PyTuple_CheckExact(object) ? !all_ints(object) : !PyLong_CheckExact(object) && !PyUnicode_CheckExact(object))
+      return false;
+  }
+  return true;
+}
+
+PyObject* are_ints(PyObject*, PyObject* objects) { return PyBool_FromLong(all_ints(objects)); }
+
+PyMethodDef questions[] = {
+    {"are_plain", are_plain, METH_VARARGS,
+     "Whether all but None are plain CPU tensors in strided memory, of one dtype that the kernels have."},
+    {"are_ints", are_ints, METH_VARARGS,
+     "Whether all are ints, strings, or tuples of these: no float or bool, which are equal to ints."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
 
 TorchObjects::TorchObjects() {
   const py::module_ torch = py::module_::import("torch");
@@ -29,6 +71,10 @@ bool TorchObjects::view(py::handle object, DLTensor* out) const {
 const TorchObjects& torch_objects() {
   static const TorchObjects* objects = new TorchObjects;  // never freed: the interpreter may be gone by then
   return *objects;
+}
+
+void bind_questions(py::module_& m) {
+  if (PyModule_AddFunctions(m.ptr(), questions) != 0) throw py::error_already_set();
 }
 
 }  // namespace fastnn

@@ -41,6 +41,9 @@ struct TorchObjects {
 
 const TorchObjects& torch_objects();
 
+// are_plain and are_ints: what the Python layer asks in every call, where pybind11 or Python would take longer.
+void bind_questions(pybind11::module_& m);
+
 // A real tensor with torch's lazy negation is the imaginary part of a conjugate one: it skips every other element, or
 // is one element at an odd place. Asking every tensor would cost more than its view.
 inline bool may_be_negated(bool contiguous, int64_t count, const void* data, int64_t element_size) {

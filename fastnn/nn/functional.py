@@ -14,7 +14,7 @@ from torch.nn.functional import *  # noqa: F403
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastnn import ops as _ops
-from fastnn.dispatch import forced, log_once, use_kernels
+from fastnn.dispatch import _C, forced, log_once, use_kernels
 
 IntPair = int | tuple[int, ...] | list[int]
 
@@ -23,8 +23,10 @@ MAX_CONV2D_PHASES = 64
 
 MAX_POOL2D_WINDOW = 255  # elements: a byte says which one was chosen, and has one value more to say none
 
-# Where a ReLU takes some microseconds, as long as a call through autograd.Function.
+# Up to here a ReLU takes some microseconds, as long as a call through autograd.Function, and a cross-entropy's forward
+# and backward pass together take no longer in native torch than in the kernels (docs/benchmarks.md).
 MAX_FEW_ELEMENTS = 16 * 1024
+MAX_FEW_LOGITS = 8 * 1024
 
 
 if not TYPE_CHECKING:
@@ -60,18 +62,18 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     if has_torch_function_unary(input):  # torch's own protocol, which fastnn.convert and torch.fx build on
         return handle_torch_function(native.relu, (input,), input, inplace=inplace)
     # torch.compile fuses its own ReLU into what stands beside it, and could not fuse an operator of ours.
-    if torch.compiler.is_compiling() or _few(input) or not use_kernels("relu", input):
+    if torch.compiler.is_compiling() or _few("relu", input, MAX_FEW_ELEMENTS) or not use_kernels("relu", input):
         return native.relu(input, inplace)
     if inplace and not _writable(input):
         return native.relu(input, inplace)
     return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)
 
 
-def _few(input: Tensor) -> bool:
-    """Whether ReLU is native torch's for being small: it gives the same bits, by a call that costs less than ours."""
-    few = forced() is None and isinstance(input, Tensor) and input.numel() <= MAX_FEW_ELEMENTS
+def _few(op: str, input: Tensor, most: int) -> bool:
+    """Whether a call is native torch's for being small: it is as exact there, and costs less."""
+    few = forced() is None and isinstance(input, Tensor) and input.numel() <= most
     if few:
-        log_once("relu", f"a small tensor, of up to {MAX_FEW_ELEMENTS} elements, takes less time there")
+        log_once(op, f"a small tensor, of up to {most} elements, takes less time there")
     return few
 
 
@@ -105,13 +107,11 @@ def _geometry(
     input: torch.Size,
     weight: torch.Size,
     bias: torch.Size | None,
-    stride: IntPair,
-    padding: str | IntPair,
-    dilation: IntPair,
-    groups: int,
+    options: tuple[IntPair, str | IntPair, IntPair, int],
 ) -> Geometry | None:
     """Stride, (top, left, bottom, right) padding, dilation and groups as the operators take them, of a convolution of
     tensors of these shapes; None for a wrong one."""
+    stride, padding, dilation, groups = options
     if len(weight) != 4 or len(input) not in (3, 4):
         return None
     strides, dilations = _pair(stride), _pair(dilation)
@@ -139,30 +139,33 @@ def _geometry(
     return strides, pads, dilations, groups
 
 
-_cached_geometry = functools.lru_cache(typed=True)(_geometry)
+_cached_geometry = functools.lru_cache(_geometry)
 
 
-def _conv_geometry(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Geometry | None:
+def _conv_geometry(
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
+) -> Geometry | None:
     """What ``_geometry`` finds; None where the call is not fastnn's to serve, a wrong one included: native torch then
     raises its own error."""
     if weight is None or not use_kernels(op, input, weight, bias):
         return None
-    shapes = input.shape, weight.shape, None if bias is None else bias.shape
-    try:
-        geometry = (_geometry if torch.compiler.is_compiling() else _cached_geometry)(*shapes, *options)
-    except TypeError:  # lists are not hashable
-        geometry = _geometry(*shapes, *options)
+    # A float would find its int in the cache, and torch refuses it.
+    cached = not torch.compiler.is_compiling() and _C.are_ints(*options)
+    find = _cached_geometry if cached else _geometry
+    geometry = find(input.shape, weight.shape, None if bias is None else bias.shape, options)
     if geometry is not None and geometry[0][0] * geometry[0][1] > MAX_CONV2D_PHASES:
         log_once(op, f"stride {tuple(geometry[0])} is larger than the kernels take")
         return None
     return geometry
 
 
-def _conv2d(op: str, relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+def _conv2d(
+    op: str, relu: bool, input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
+) -> Tensor:
     """``conv2d`` or, with ``relu``, ``conv2d_relu``; ``options`` from stride on."""
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)
-    geometry = _conv_geometry(op, input, weight, bias, *options)
+    geometry = _conv_geometry(op, input, weight, bias, options)
     if geometry is None:
         result = native.conv2d(input, weight, bias, *options)
         return native.relu(result) if relu else result
@@ -196,7 +199,7 @@ def conv2d(
     Raises:
         RuntimeError: shapes that do not fit together, as torch raises it.
     """
-    return _conv2d("conv2d", False, input, weight, bias, stride, padding, dilation, groups)
+    return _conv2d("conv2d", False, input, weight, bias, (stride, padding, dilation, groups))
 
 
 def conv2d_relu(
@@ -209,7 +212,7 @@ def conv2d_relu(
     groups: int = 1,
 ) -> Tensor:
     """``relu(conv2d(...))`` in one pass; arguments and errors of :func:`conv2d`."""
-    return _conv2d("conv2d_relu", True, input, weight, bias, stride, padding, dilation, groups)
+    return _conv2d("conv2d_relu", True, input, weight, bias, (stride, padding, dilation, groups))
 
 
 def conv2d_relu_max_pool2d(
@@ -236,7 +239,7 @@ def conv2d_relu_max_pool2d(
     """
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)
-    geometry = _conv_geometry("conv2d_relu_max_pool2d", input, weight, bias, stride, padding, dilation, groups)
+    geometry = _conv_geometry("conv2d_relu_max_pool2d", input, weight, bias, (stride, padding, dilation, groups))
     window = _pair(pool_kernel_size)
     step = window if pool_stride is None else _pair(pool_stride)
     if geometry is not None and window is not None and step is not None and min(window + step) > 0:
@@ -313,6 +316,19 @@ def max_pool2d(
     return pool(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
+def _few_logits(input: Tensor, target: Tensor, label_smoothing: float) -> bool:
+    """Whether cross-entropy is native torch's for being small. Label smoothing and class probabilities take it several
+    operators, and 16-bit logits it rounds on the way."""
+    return (
+        not torch.compiler.is_compiling()
+        and not label_smoothing
+        and isinstance(target, Tensor)
+        and not target.is_floating_point()
+        and getattr(input, "dtype", None) in (torch.float32, torch.float64)
+        and _few("cross_entropy", input, MAX_FEW_LOGITS)
+    )
+
+
 def _cross_entropy_covers(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> bool:
@@ -358,6 +374,8 @@ def cross_entropy(
 
     One pass over the logits, keeping three values a row; backward writes the gradient straight from the logits.
     The gradient of an ignored row is 0 whatever its logits (native torch makes NaN of infinities there).
+    Up to 8192 float32 or float64 logits with class indices and no label smoothing are native torch's, which takes less
+    time for them, unless :func:`fastnn.backend` forces the kernels.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ..), any strides; float64, float32, bfloat16 or float16 on fastnn's
@@ -375,9 +393,10 @@ def cross_entropy(
         IndexError: a class index is out of range.
         RuntimeError, ValueError: as native torch, in its words.
     """
-    if torch._C._is_any_autocast_enabled():
+    few = _few_logits(input, target, label_smoothing)
+    if not few and torch._C._is_any_autocast_enabled():
         input, target, weight = _autocast(input, target, weight, to=torch.float32)
-    if not _cross_entropy_covers(input, target, weight, ignore_index, label_smoothing):
+    if few or not _cross_entropy_covers(input, target, weight, ignore_index, label_smoothing):
         return native.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )

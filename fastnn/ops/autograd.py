@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastnn.dispatch import _C, entry, forced, forced_to, kernel
@@ -81,6 +82,33 @@ def needs_grad(*args: Any) -> bool:
     return False
 
 
+def refuse_tangents(name: str, args: Any) -> None:
+    """Raises where a raw call would drop the tangents of its arguments."""
+    if forward_ad._current_level < 0:
+        return
+    for argument in torch.utils._pytree.tree_leaves(args):
+        dual = isinstance(argument, Tensor) and argument.is_floating_point()
+        if dual and forward_ad.unpack_dual(argument).tangent is not None:
+            raise NotImplementedError(
+                f"torch.ops.fastnn.{name} has no forward-mode derivative and an argument has a tangent; "
+                "use fastnn.nn.functional"
+            )
+
+
+class _RefusingTangents(torch.library.Library):
+    """Registers what it is given behind ``refuse_tangents``: ``register_autograd`` knows nothing of forward mode."""
+
+    def impl(self, op_name: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        def checked(keyset: Any, *op_args: Any, **op_kwargs: Any) -> Any:
+            refuse_tangents(op_name, op_args)
+            return fn(keyset, *op_args, **op_kwargs)
+
+        super().impl(op_name, checked, *args, **kwargs)
+
+
+_library = _RefusingTangents("fastnn", "FRAGMENT")
+
+
 def differentiable(
     name: str, function: type[Function], in_torch: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
@@ -91,7 +119,8 @@ def differentiable(
     outside of a transform may be walked inside of one.
     """
     op = getattr(torch.ops.fastnn, name).default
-    torch.library.register_autograd(f"fastnn::{name}", function.backward, setup_context=function.save)
+    torch.library.register_autograd(f"fastnn::{name}", function.backward, setup_context=function.save, lib=_library)
+    tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
     # Function.apply itself first binds the arguments by inspect.signature, ten times the cost of all the rest.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
@@ -100,7 +129,11 @@ def differentiable(
             return op(*args)
         if in_torch is not None and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
             return in_torch(*args)
-        return apply(*args) if needs_grad(*args) else run(name, *args)
+        if torch.is_grad_enabled():
+            for tensor in args[:tensors]:
+                if tensor is not None and tensor.requires_grad:
+                    return apply(*args)
+        return run(name, *args)
 
     call.__name__ = call.__qualname__ = name
     return call
@@ -112,8 +145,8 @@ def not_differentiable(name: str) -> Callable[..., Any]:
     op = getattr(torch.ops.fastnn, name).default
 
     def raise_if_recorded(*args: Any) -> Any:
-        flat = torch.utils._pytree.tree_leaves(args)
-        if needs_grad(*flat):
+        refuse_tangents(name, args)
+        if needs_grad(*torch.utils._pytree.tree_leaves(args)):
             raise RuntimeError(
                 f"torch.ops.fastnn.{name} is not differentiable and an argument requires grad; "
                 "call it under torch.no_grad(), or use fastnn.nn.functional or fastnn.optim"

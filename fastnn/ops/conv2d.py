@@ -212,8 +212,7 @@ class Conv2d(Function):
 
     @staticmethod
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, bias, *ctx.geometry, relu = inputs
-        ctx.has_bias = bias is not None
+        input, weight, _, *ctx.geometry, relu = inputs
         ctx.save_for_backward(input, weight, output if relu else None)
 
     @staticmethod
@@ -230,8 +229,7 @@ class Conv2dReLUMaxPool2d(Function):
 
     @staticmethod
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        input, weight, bias, *ctx.geometry, pool_kernel_size, pool_stride = inputs
-        ctx.has_bias = bias is not None
+        input, weight, _, *ctx.geometry, pool_kernel_size, pool_stride = inputs
         ctx.pool = (pool_kernel_size, pool_stride)
         ctx.save_for_backward(input, weight, output[1])
         ctx.mark_non_differentiable(output[1])
@@ -253,7 +251,7 @@ def _gradients(
     pool_kernel_size: Ints,
     pool_stride: Ints,
 ) -> list[Tensor | None]:
-    mask = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
+    mask = list(ctx.needs_input_grad[:3])
     grads = conv2d_backward(grad, input, weight, relu_output, code, *ctx.geometry, pool_kernel_size, pool_stride, mask)
     return [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
 
