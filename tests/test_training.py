@@ -22,7 +22,7 @@ STEPS = 20
 
 
 def batches(image_size: int, dtype: torch.dtype, batch: int) -> DataLoader[tuple[Tensor, ...]]:
-    """The same batches for whoever trains on them: a class is a bright square somewhere of its own."""
+    """The same batches for whoever trains on them, wherever: a class is a bright square somewhere of its own."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(10, (STEPS * batch,), generator=generator)
     images = torch.randn(len(labels), 3, image_size, image_size, generator=generator, dtype=torch.float64)
@@ -34,10 +34,11 @@ def batches(image_size: int, dtype: torch.dtype, batch: int) -> DataLoader[tuple
 
 
 def train(program: ModuleType, model: torch.nn.Module, loader: DataLoader, optimizer: str) -> list[float]:
-    """The loss of every step."""
+    """The loss of every step, on the default device."""
     arguments = {"lr": 1e-3} if optimizer == "Adam" else {"lr": 0.01, "momentum": 0.9}
     opt = getattr(program.optim, optimizer)(model.parameters(), **arguments)
-    return program.train(model, loader, program.nn.CrossEntropyLoss(), opt, "cpu", "training").losses
+    device = str(torch.get_default_device())
+    return program.train(model, loader, program.nn.CrossEntropyLoss(), opt, device, "training").losses
 
 
 @cache
@@ -55,14 +56,16 @@ def native(
 def trained(
     image_size: int, dtype: torch.dtype, batch: int, optimizer: str, converted: bool, **to: Any
 ) -> list[tuple[list[float], list[Tensor]]]:
-    """(losses, final weights) of native and of fastnn, from the same initial weights."""
-    initial, *exact = native(image_size, dtype, batch, optimizer)
+    """(losses, final weights) of native on the CPU and of fastnn, from the same initial weights."""
+    with torch.device("cpu"):
+        initial, *exact = native(image_size, dtype, batch, optimizer)
+        loader = batches(image_size, dtype, batch)
     model = PROGRAM.CNN(image_size, 10).to(dtype=dtype, **to)
     model.load_state_dict(initial)
     if converted:
         fastnn.convert(model)
-    losses = train(PROGRAM, model, batches(image_size, dtype, batch), optimizer)
-    return [tuple(exact), (losses, [p.detach() for p in model.parameters()])]
+    losses = train(PROGRAM, model, loader, optimizer)
+    return [tuple(exact), (losses, [p.detach().cpu() for p in model.parameters()])]
 
 
 @pytest.mark.big
