@@ -144,7 +144,7 @@ class Sequential(nn.Sequential):
     """:class:`torch.nn.Sequential` that runs a Conv2d, the ReLU behind it and the MaxPool2d behind that as one op.
 
     Nothing but a hook can see what is between them: where one is on any of them, or on every module, they run one by
-    one, and so they do in compiled code.
+    one.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -157,7 +157,6 @@ class Sequential(nn.Sequential):
 
 def _run(modules: list[nn.Module], input: Tensor) -> Tensor:
     """The modules one after another on ``input``, as one op where they are Conv2d, ReLU (and MaxPool2d)."""
-    plain = torch.compiler.is_compiling() or _has_any_global_hook()
     done = 0
     while done < len(modules):
         conv, *others = modules[done : done + 3]
@@ -165,11 +164,10 @@ def _run(modules: list[nn.Module], input: Tensor) -> Tensor:
         pool = fusable_pool_of(others[1]) if kinds == [ReLU, MaxPool2d] else None  # type: ignore[arg-type]
         layers = [conv, *others[: 2 if pool else 1]]
         if (
-            not plain
-            and type(conv) is Conv2d
+            type(conv) is Conv2d
             and kinds[:1] == [ReLU]
             and type(input) is Tensor
-            and not hooked(layers)
+            and not (_has_any_global_hook() or hooked(layers))
             and not any("forward" in vars(module) for module in layers)
             and use_kernels("conv2d_relu", input)
         ):
