@@ -2,6 +2,7 @@
 #include "cpu/kernels/max_pool2d.h"
 
 #include <algorithm>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -45,6 +46,28 @@ MaxPool2dShape pool_shape(const char* op, int64_t channels, int64_t in_h, int64_
   s.pad_h = padding[0], s.pad_w = padding[1], s.dilation_h = dilation[0], s.dilation_w = dilation[1];
   return s;
 }
+
+// Along one side, which windows every input element is in.
+class Side {
+ public:
+  Side(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) : windows_(in) {
+    const int64_t common = std::gcd(stride, dilation);
+    side_.output_step = int(dilation / common), side_.element_step = int(stride / common);
+    for (int64_t i = 0; i < in; ++i)
+      for (int64_t element = 0; element < kernel; ++element) {
+        const int64_t start = i + pad - element * dilation;
+        if (start < 0 || start % stride || start / stride >= out) continue;
+        MaxPool2dWindows& w = windows_[i];
+        if (w.count++ == 0) w.output = int(start / stride), w.element = int(element);
+      }
+    side_.windows = windows_.data();
+  }
+  const MaxPool2dSide& get() const { return side_; }
+
+ private:
+  std::vector<MaxPool2dWindows> windows_;
+  MaxPool2dSide side_;
+};
 
 Tensor in_format(const Tensor& tensor, bool channels_last) {
   return torch::stable::contiguous(tensor, channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
@@ -100,9 +123,11 @@ Tensor max_pool2d_backward(Tensor grad_output, Tensor code, Ints input_size, Int
   const int64_t planes = code.size(0) * s.channels, plane = std::max<int64_t>(1, s.in_h * s.in_w);
   if (pixels) {
     const auto kernel = max_pool2d_kernels().pixels_backward[dtype];
+    const Side side_h(s.in_h, s.out_h, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h);
+    const Side side_w(s.in_w, s.out_w, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w);
     const int64_t rows = code.size(0) * s.in_h, row_work = std::max<int64_t>(1, s.in_w * s.channels);
     torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / row_work), [&](int64_t begin, int64_t end) {
-      kernel(s, g.data_ptr(), code_data, grad_input.data_ptr(), begin, end);
+      kernel(s, side_h.get(), side_w.get(), g.data_ptr(), code_data, grad_input.data_ptr(), begin, end);
     });
   } else {
     const auto kernel = max_pool2d_kernels().planes_backward[dtype];

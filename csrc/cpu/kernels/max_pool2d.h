@@ -15,6 +15,16 @@ struct MaxPool2dShape {
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
+// Along one side, the windows that an input element is in: `count` of them, the first at `output`, where it is number
+// `element`; the next ones lie `output_step` outputs before and have it `element_step` elements later.
+struct MaxPool2dWindows {
+  int count, output, element;
+};
+struct MaxPool2dSide {
+  const MaxPool2dWindows* windows;  // of every input element
+  int output_step, element_step;
+};
+
 // A code says which element of its window an output is, row by row; kPoolNone where the window has none, as it lies in
 // the padding altogether.
 struct MaxPool2dKernels {
@@ -24,11 +34,12 @@ struct MaxPool2dKernels {
   // scratch: in_h * in_w floats.
   void (*planes_backward[kNumDTypes])(const MaxPool2dShape& shape, const void* grad_y, const uint8_t* code,
                                       void* grad_x, float* scratch, int64_t begin, int64_t end);
-  // Of channels_last tensors, "pixels": output rows [begin, end) and input rows [begin, end) of all images.
+  // Of channels_last tensors, "pixels": output rows [begin, end), and input rows [begin, end) of all images.
   void (*pixels[kNumDTypes])(const MaxPool2dShape& shape, const void* x, void* y, uint8_t* code, int64_t begin,
                              int64_t end);
-  void (*pixels_backward[kNumDTypes])(const MaxPool2dShape& shape, const void* grad_y, const uint8_t* code,
-                                      void* grad_x, int64_t begin, int64_t end);
+  void (*pixels_backward[kNumDTypes])(const MaxPool2dShape& shape, const MaxPool2dSide& rows, const MaxPool2dSide& cols,
+                                      const void* grad_y, const uint8_t* code, void* grad_x, int64_t begin,
+                                      int64_t end);
 };
 
 const MaxPool2dKernels& max_pool2d_kernels();

@@ -18,22 +18,42 @@ FASTNN_INLINE WindowSide inside(int64_t origin, int64_t kernel, int64_t dilation
   return {origin < 0 ? ceil_div(-origin, dilation) : 0, least(kernel, ceil_div(size - origin, dilation))};
 }
 
-// Lane i is p[i * stride].
+template <class T>
+FASTNN_INLINE Vec<Accumulator<T>> load_lanes(const T* p, int lanes) {
+  return lanes == kLanes<Accumulator<T>> ? load(p) : load_n(p, lanes);
+}
+template <class T>
+FASTNN_INLINE void store_lanes(T* p, Vec<Accumulator<T>> v, int lanes) {
+  if (lanes == kLanes<Accumulator<T>>)
+    store(p, v);
+  else
+    store_n(p, v, lanes);
+}
+
+// Lane i, of the first `lanes`, is p[i * stride].
 template <int stride, class T>
-FASTNN_INLINE Vec<Accumulator<T>> load_strided(const T* p, int64_t any_stride) {
+FASTNN_INLINE Vec<Accumulator<T>> load_strided(const T* p, int64_t any_stride, int lanes) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
-  if constexpr (stride == 1) return load(p);
+  if constexpr (stride == 1) return load_lanes(p, lanes);
   if constexpr (stride == 2) {
-    // The second vector ends at the last lane's element, not after it, where memory may end.
-    const Vec<A> low = load(p), high = load(p + L - 1);
+    // The second vector begins with the first one's last element, to end at the last lane's: memory may end there.
+    const int elements = 2 * lanes - 1;
+    const Vec<A> low = load_lanes(p, int(least(L, elements)));
+    const Vec<A> high = elements < L ? low : load_lanes(p + L - 1, elements - (L - 1));
     Mask<A> every_second;
     for (int i = 0; i < L; ++i) every_second[i] = 2 * i < L ? 2 * i : 2 * i + 1;
     return __builtin_shuffle(low, high, every_second);
   }
   Vec<A> v{};
-  for (int i = 0; i < L; ++i) v[i] = to_accumulator(p[i * any_stride]);
+  for (int i = 0; i < lanes; ++i) v[i] = to_accumulator(p[i * any_stride]);
   return v;
+}
+
+template <class A>
+FASTNN_INLINE void store_codes(uint8_t* p, Mask<A> codes, int lanes) {
+  if (lanes == kLanes<A>) return store_bytes(p, codes);
+  for (int i = 0; i < lanes; ++i) p[i] = uint8_t(codes[i]);
 }
 
 // The largest so far and which element of its window it was, of a vector of outputs or of one.
@@ -79,20 +99,21 @@ void max_pool_planes_strided(const MaxPool2dShape& s, const T* x, T* y, uint8_t*
     const int64_t origin_y = row % s.out_h * s.stride_h - s.pad_h;
     const WindowSide rows = inside(origin_y, s.kernel_h, s.dilation_h, s.in_h);
     for (int64_t ox = 0; ox < s.out_w;) {
-      if (ox < inner || ox >= inner_end || inner_end - inner < L || rows.first >= rows.last) {
+      if (ox < inner || ox >= inner_end || rows.first >= rows.last) {
         pool_one(s, plane, origin_y, rows, ox * s.stride_w - s.pad_w, out + ox, out_code + ox);
         ++ox;
         continue;
       }
-      ox = least(ox, inner_end - L);  // the last vector may begin inside the one before
+      ox = most(inner, least(ox, inner_end - L));  // the last vector may begin inside the one before
+      const int lanes = int(least(L, inner_end - ox));
       const T* window = plane + (origin_y + rows.first * s.dilation_h) * s.in_w + ox * s.stride_w - s.pad_w;
       Largest<Vec<A>, Mask<A>> largest{splat(-A(__builtin_inf())), Mask<A>{} + int(rows.first * s.kernel_w)};
       for (int64_t i = rows.first; i < rows.last; ++i, window += s.dilation_h * s.in_w)
         for (int64_t j = 0; j < s.kernel_w; ++j)
-          largest.offer(load_strided<stride_w>(window + j * s.dilation_w, s.stride_w), int(i * s.kernel_w + j));
-      store(out + ox, largest.value);
-      store_bytes(out_code + ox, largest.element);
-      ox += L;
+          largest.offer(load_strided<stride_w>(window + j * s.dilation_w, s.stride_w, lanes), int(i * s.kernel_w + j));
+      store_lanes(out + ox, largest.value, lanes);
+      store_codes<A>(out_code + ox, largest.element, lanes);
+      ox += lanes;
     }
   }
 }
@@ -106,12 +127,16 @@ void max_pool_planes(const MaxPool2dShape& s, const void* x_, void* y_, uint8_t*
   max_pool_planes_strided<0>(s, x, y, code, begin, end);
 }
 
-// kLanes<A> codes, a lane each.
+// Codes, a lane each; the lanes after the first ones have none.
 template <class A>
-FASTNN_INLINE Mask<A> load_codes(const uint8_t* p) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
+FASTNN_INLINE Mask<A> load_codes(const uint8_t* p, int lanes) {
+  constexpr int L = kLanes<A>;
+  typedef uint8_t Bytes __attribute__((vector_size(L)));
+  uint8_t padded[L];
+  if (lanes < L)
+    for (int i = 0; i < L; ++i) padded[i] = i < lanes ? p[i] : kPoolNone;
   Bytes bytes;
-  __builtin_memcpy(&bytes, p, sizeof bytes);
+  __builtin_memcpy(&bytes, lanes < L ? padded : p, L);
   return __builtin_convertvector(bytes, Mask<A>);
 }
 
@@ -122,21 +147,19 @@ FASTNN_INLINE void spread_row(const T* grad_y, const uint8_t* code, T* grad_x, i
   constexpr int L = kLanes<A>;
   Mask<A> low, high;
   for (int i = 0; i < L; ++i) low[i] = i / 2 + i % 2 * L, high[i] = low[i] + L / 2;
-  int64_t ox = 0;
-  for (; ox + L <= out_w; ox += L) {
-    const Vec<A> grad = load(grad_y + ox), zero{};
-    const Mask<A> element = load_codes<A>(code + ox);
+  for (int64_t ox = 0; ox < out_w; ox += L) {
+    const int lanes = int(least(L, out_w - ox));
+    const Vec<A> grad = load_lanes(grad_y + ox, lanes), zero{};
+    const Mask<A> element = load_codes<A>(code + ox, lanes);
     for (int i = 0; i < 2; ++i) {
       const Vec<A> left = element == 2 * i ? grad : zero, right = element == 2 * i + 1 ? grad : zero;
-      store(grad_x + i * in_w + 2 * ox, __builtin_shuffle(left, right, low));
-      store(grad_x + i * in_w + 2 * ox + L, __builtin_shuffle(left, right, high));
+      T* to = grad_x + i * in_w + 2 * ox;
+      store_lanes(to, __builtin_shuffle(left, right, low), int(least(L, 2 * lanes)));
+      if (2 * lanes > L) store_lanes(to + L, __builtin_shuffle(left, right, high), 2 * lanes - L);
     }
   }
-  const T zero = from_accumulator<T>(0);
-  for (; ox < out_w; ++ox)
-    for (int e = 0; e < 4; ++e) grad_x[e / 2 * in_w + 2 * ox + e % 2] = code[ox] == e ? grad_y[ox] : zero;
   if (2 * out_w < in_w)
-    for (int i = 0; i < 2; ++i) grad_x[i * in_w + 2 * out_w] = zero;
+    for (int i = 0; i < 2; ++i) grad_x[i * in_w + 2 * out_w] = from_accumulator<T>(0);
 }
 
 template <class T>
@@ -184,6 +207,8 @@ void max_pool_pixels(const MaxPool2dShape& s, const void* x_, void* y_, uint8_t*
   const T* x = static_cast<const T*>(x_);
   T* y = static_cast<T*>(y_) + begin * s.out_w * s.channels;
   code += begin * s.out_w * s.channels;
+  const T* pixels[kPoolNone];
+  int elements[kPoolNone];
   for (int64_t row = begin; row < end; ++row) {
     const T* image = x + row / s.out_h * s.in_h * s.in_w * s.channels;
     const int64_t origin_y = row % s.out_h * s.stride_h - s.pad_h;
@@ -191,80 +216,57 @@ void max_pool_pixels(const MaxPool2dShape& s, const void* x_, void* y_, uint8_t*
     for (int64_t ox = 0; ox < s.out_w; ++ox, y += s.channels, code += s.channels) {
       const int64_t origin_x = ox * s.stride_w - s.pad_w;
       const WindowSide cols = inside(origin_x, s.kernel_w, s.dilation_w, s.in_w);
-      const bool any = rows.first < rows.last && cols.first < cols.last;
-      const int first = any ? int(rows.first * s.kernel_w + cols.first) : int(kPoolNone);
+      int count = 0;
+      for (int64_t i = rows.first; i < rows.last; ++i)
+        for (int64_t j = cols.first; j < cols.last; ++j) {
+          const int64_t pixel = (origin_y + i * s.dilation_h) * s.in_w + origin_x + j * s.dilation_w;
+          pixels[count] = image + pixel * s.channels;
+          elements[count++] = int(i * s.kernel_w + j);
+        }
+      const int first = count ? elements[0] : int(kPoolNone);
       for (int64_t c = 0; c < s.channels; c += L) {
         const int lanes = int(least(L, s.channels - c));
         Largest<Vec<A>, Mask<A>> largest{splat(-A(__builtin_inf())), Mask<A>{} + first};
-        for (int64_t i = rows.first; i < rows.last; ++i)
-          for (int64_t j = cols.first; j < cols.last; ++j) {
-            const int64_t pixel = (origin_y + i * s.dilation_h) * s.in_w + origin_x + j * s.dilation_w;
-            const T* p = image + pixel * s.channels + c;
-            largest.offer(lanes == L ? load(p) : load_n(p, lanes), int(i * s.kernel_w + j));
-          }
-        if (lanes == L) {
-          store(y + c, largest.value);
-          store_bytes(code + c, largest.element);
-        } else {
-          store_n(y + c, largest.value, lanes);
-          for (int i = 0; i < lanes; ++i) code[c + i] = uint8_t(largest.element[i]);
-        }
+        for (int k = 0; k < count; ++k) largest.offer(load_lanes(pixels[k] + c, lanes), elements[k]);
+        store_lanes(y + c, largest.value, lanes);
+        store_codes<A>(code + c, largest.element, lanes);
       }
     }
   }
 }
 
-// Along one side, the outputs whose windows an input element is in, and which element of each it is: at most a window's
-// worth.
-struct Windows {
-  int count;
-  int64_t output[kPoolNone];
-  int element[kPoolNone];
-};
-FASTNN_INLINE void find_windows(Windows* w, int64_t in, int64_t pad, int64_t kernel, int64_t stride, int64_t dilation,
-                                int64_t out) {
-  w->count = 0;
-  for (int64_t element = 0; element < kernel; ++element) {
-    const int64_t start = in + pad - element * dilation;
-    if (start < 0) break;
-    if (start % stride || start / stride >= out) continue;
-    w->output[w->count] = start / stride;
-    w->element[w->count++] = int(element);
-  }
-}
-
 template <class T>
-void max_pool_pixels_backward(const MaxPool2dShape& s, const void* grad_y_, const uint8_t* code, void* grad_x_,
-                              int64_t begin, int64_t end) {
+void max_pool_pixels_backward(const MaxPool2dShape& s, const MaxPool2dSide& rows, const MaxPool2dSide& cols,
+                              const void* grad_y_, const uint8_t* code, void* grad_x_, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   T* grad_x = static_cast<T*>(grad_x_) + begin * s.in_w * s.channels;
-  Windows rows, cols;
+  int64_t outputs[kPoolNone];
+  int elements[kPoolNone];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t image = row / s.in_h * s.out_h * s.out_w * s.channels;
     const T* grad_y = static_cast<const T*>(grad_y_) + image;
     const uint8_t* codes = code + image;
-    find_windows(&rows, row % s.in_h, s.pad_h, s.kernel_h, s.stride_h, s.dilation_h, s.out_h);
+    const MaxPool2dWindows& down = rows.windows[row % s.in_h];
     for (int64_t ix = 0; ix < s.in_w; ++ix, grad_x += s.channels) {
-      find_windows(&cols, ix, s.pad_w, s.kernel_w, s.stride_w, s.dilation_w, s.out_w);
+      const MaxPool2dWindows& right = cols.windows[ix];
+      int count = 0;
+      for (int i = 0; i < down.count; ++i)
+        for (int j = 0; j < right.count; ++j) {
+          const int64_t oy = down.output - i * rows.output_step, ox = right.output - j * cols.output_step;
+          outputs[count] = (oy * s.out_w + ox) * s.channels;
+          elements[count++] =
+              (down.element + i * rows.element_step) * int(s.kernel_w) + right.element + j * cols.element_step;
+        }
       for (int64_t c = 0; c < s.channels; c += L) {
         const int lanes = int(least(L, s.channels - c));
         Vec<A> sum{};
-        for (int i = 0; i < rows.count; ++i)
-          for (int j = 0; j < cols.count; ++j) {
-            const int64_t at = (rows.output[i] * s.out_w + cols.output[j]) * s.channels + c;
-            const int element = int(rows.element[i] * s.kernel_w) + cols.element[j];
-            if (lanes == L) {
-              sum += load_codes<A>(codes + at) == element ? load(grad_y + at) : Vec<A>{};
-            } else {
-              for (int k = 0; k < lanes; ++k)
-                if (codes[at + k] == element) sum[k] += to_accumulator(grad_y[at + k]);
-            }
-          }
-        if (lanes == L)
-          store(grad_x + c, sum);
-        else
-          store_n(grad_x + c, sum, lanes);
+        for (int k = 0; k < count; ++k) {
+          const int64_t at = outputs[k] + c;
+          const Vec<A> grad = load_lanes(grad_y + at, lanes);
+          sum += load_codes<A>(codes + at, lanes) == elements[k] ? grad : Vec<A>{};
+        }
+        store_lanes(grad_x + c, sum, lanes);
       }
     }
   }
