@@ -28,7 +28,7 @@ missing = { echo "fastnn: $(1)" >&2; exit 1; }
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.built  ## train on real images three ways (native, fastnn, converted) and compare; about 7 minutes
+demo: $(VENV)/.built  ## train on real images three ways (native, fastnn, converted) and compare; about 5 minutes
 	@$(BIN)/python examples/compare.py --epochs 2 $(ARGS)
 
 # Threads that wait must not keep the other process's from the cores.
