@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default float32 (may be repeated)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default cpu")
     parser.add_argument("--threads", type=int, help="threads of both sides (default: PyTorch's)")
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller rows, fewer rounds: three minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller rows, fewer rounds: two minutes")
     parser.add_argument("--compile", action="store_true", help="torch.compile as a baseline of every row, not only of "
                         "train and conv+relu+pool (tens of seconds a row)")  # fmt: skip
     parser.add_argument("--thp", action="store_true", help=f"measure everything again under {THP}=1 and show both")

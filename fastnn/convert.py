@@ -263,8 +263,7 @@ _OTHER_MAX_POOL = _Step(
 )
 
 
-def _max_pool(*args: Any, **kwargs: Any) -> _Step:
-    pool = fusable_pool(*args, **kwargs)
+def _max_pool(pool: tuple[tuple[int, int], ...] | None) -> _Step:
     return _Step("MaxPool2d", pool) if pool else _OTHER_MAX_POOL
 
 
@@ -288,7 +287,7 @@ def _step_of_call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return _RELU
     if function in _MAX_POOLS:
         try:
-            return _max_pool(*args, **kwargs)
+            return _max_pool(fusable_pool(*args, **kwargs))
         except TypeError:  # wrong arguments: torch's own error comes when the call is made
             return _OTHER_MAX_POOL
     if function is native_functional.batch_norm:
@@ -301,8 +300,7 @@ def _step_of_module(module: native.Module) -> _Step | None:
     if cls in (native.ReLU, nn.ReLU):
         return _RELU
     if cls in (native.MaxPool2d, nn.MaxPool2d):
-        pool = fusable_pool_of(cast(native.MaxPool2d, module))
-        return _Step("MaxPool2d", pool) if pool else _OTHER_MAX_POOL
+        return _max_pool(fusable_pool_of(cast(native.MaxPool2d, module)))
     if cls is native.Identity:
         return _IDENTITY
     if cls is native.BatchNorm2d:

@@ -40,11 +40,8 @@ OPERATORS = {
 }
 # The backends that have kernels, the preferred one first: the device types they run on, and the ops they have.
 DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
-KERNELS = {
-    "cpu": tuple(OPERATORS),
-    "cuda": tuple(op for op in OPERATORS if op != "max_pool2d"),
-    "triton": tuple(op for op in OPERATORS if op != "max_pool2d"),
-}
+_ON_GPUS = tuple(op for op in OPERATORS if op != "max_pool2d")
+KERNELS = {"cpu": tuple(OPERATORS), "cuda": _ON_GPUS, "triton": _ON_GPUS}
 # Triton's interpreter takes CPU tensors, slowly: it is for tests, and is used only where it is forced.
 FORCED_DEVICES = {**DEVICES, "triton": (*DEVICES["triton"], "cpu")}
 

@@ -93,10 +93,9 @@ def relu_(input: Tensor) -> Tensor:
 
 def _pair(value: object) -> list[int] | None:
     """Two ints of an int, or of a sequence of one or two; None for anything else, which native torch will refuse."""
-    if isinstance(value, int):
-        return [value, value]
-    if isinstance(value, (tuple, list)) and 1 <= len(value) <= 2 and all(isinstance(v, int) for v in value):
-        return [*value, *value][:2]
+    values = value if isinstance(value, (tuple, list)) else [value]
+    if 1 <= len(values) <= 2 and all(type(v) is int for v in values):
+        return [*values, *values][:2]
     return None
 
 

@@ -21,11 +21,6 @@ def hooked(modules: Iterable[nn.Module]) -> bool:
     return any(getattr(module, hooks) for module in modules for hooks in HOOKS)
 
 
-def _pair(value: Any) -> tuple[int, int] | None:
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    return pair * (2 // len(pair)) if len(pair) in (1, 2) and all(type(v) is int for v in pair) else None
-
-
 def fusable_pool(
     kernel_size: Any,
     stride: Any = None,
@@ -35,11 +30,12 @@ def fusable_pool(
     return_indices: bool = False,
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Window and stride of a max-pool with these arguments; None if a convolution cannot take it over."""
-    window = _pair(kernel_size)
-    step = window if stride in (None, (), []) else _pair(stride)
+    window = F._pair(kernel_size)
+    step = window if stride in (None, (), []) else F._pair(stride)
     if window is None or step is None or max(window) > LARGEST_FUSED_WINDOW or ceil_mode or return_indices:
         return None
-    return (window, step) if _pair(padding) == (0, 0) and _pair(dilation) == (1, 1) else None
+    plain = F._pair(padding) == [0, 0] and F._pair(dilation) == [1, 1]
+    return ((window[0], window[1]), (step[0], step[1])) if plain else None
 
 
 def fusable_pool_of(module: nn.MaxPool2d) -> tuple[tuple[int, int], tuple[int, int]] | None:

@@ -7,7 +7,8 @@
 // sum of the outputs that chose it. In NCHW, 2 x 2 windows side by side are spread from registers; others are added up
 // in a plane of float32, which stays in the cache.
 // Bytes: forward reads the input and writes the output and its codes, backward the other way about; a compare and two
-// selects a window element. Memory-bound: at 2 x 2 a fifth of what native moves is indices, here a fiftieth.
+// selects a window element. Memory-bound: at 2 x 2 in float32 8 of the 28 bytes that native moves an output are its
+// index, here 1 of 21.
 // Torch's conventions: of equal maxima the first is chosen, of several NaN the last.
 
 // The elements [first, last) along one side of a window at `origin` that lie inside the input.
