@@ -54,7 +54,7 @@ FASTNN_INLINE Vec<Accumulator<T>> load_strided(const T* p, int64_t any_stride, i
 template <class A>
 FASTNN_INLINE void store_codes(uint8_t* p, Mask<A> codes, int lanes) {
   if (lanes == kLanes<A>) return store_bytes(p, codes);
-  for (int i = 0; i < lanes; ++i) p[i] = uint8_t(codes[i]);
+  store_bytes_n(p, codes, lanes);
 }
 
 // The largest so far and which element of its window it was, of a vector of outputs or of one.
@@ -93,11 +93,12 @@ void max_pool_planes_strided(const MaxPool2dShape& s, const T* x, T* y, uint8_t*
   const int64_t inner = least(s.out_w, ceil_div(s.pad_w, s.stride_w));
   const int64_t room = s.in_w + s.pad_w - (s.kernel_w - 1) * s.dilation_w;
   const int64_t inner_end = most(inner, least(s.out_w, ceil_div(room, s.stride_w)));
-  for (int64_t row = begin; row < end; ++row) {
-    const T* plane = x + row / s.out_h * s.in_h * s.in_w;
+  const T* plane = x + begin / s.out_h * s.in_h * s.in_w;
+  for (int64_t row = begin, oy = begin % s.out_h; row < end; ++row, ++oy) {
+    if (oy == s.out_h) oy = 0, plane += s.in_h * s.in_w;
     T* out = y + row * s.out_w;
     uint8_t* out_code = code + row * s.out_w;
-    const int64_t origin_y = row % s.out_h * s.stride_h - s.pad_h;
+    const int64_t origin_y = oy * s.stride_h - s.pad_h;
     const WindowSide rows = inside(origin_y, s.kernel_h, s.dilation_h, s.in_h);
     for (int64_t ox = 0; ox < s.out_w;) {
       if (ox < inner || ox >= inner_end || rows.first >= rows.last) {
@@ -132,6 +133,11 @@ void max_pool_planes(const MaxPool2dShape& s, const void* x_, void* y_, uint8_t*
 template <class A>
 FASTNN_INLINE Mask<A> load_codes(const uint8_t* p, int lanes) {
   constexpr int L = kLanes<A>;
+#if FASTNN_VECTOR_BYTES == 64
+  if constexpr (L == 16)
+    return (Int32Vec)_mm512_cvtepu8_epi32(
+        _mm_mask_loadu_epi8(_mm_set1_epi8(char(kPoolNone)), __mmask16((1u << lanes) - 1), p));
+#endif
   typedef uint8_t Bytes __attribute__((vector_size(L)));
   uint8_t padded[L];
   if (lanes < L)
