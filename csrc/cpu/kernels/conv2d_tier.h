@@ -379,9 +379,7 @@ void pool_row(A* row, int64_t pitch, const PoolShape& pool, uint8_t* code, int64
         store(row + px, best);
       else
         store_n(row + px, best, lanes);
-      if (lanes == L && code_step == 1)
-        store_bytes(code + px, element);
-      else if (code_step == 1)
+      if (code_step == 1)
         store_bytes_n(code + px, element, lanes);
       else
         for (int i = 0; i < lanes; ++i) code[(px + i) * code_step] = uint8_t(element[i]);

@@ -51,12 +51,6 @@ FASTNN_INLINE Vec<Accumulator<T>> load_strided(const T* p, int64_t any_stride, i
   return v;
 }
 
-template <class A>
-FASTNN_INLINE void store_codes(uint8_t* p, Mask<A> codes, int lanes) {
-  if (lanes == kLanes<A>) return store_bytes(p, codes);
-  store_bytes_n(p, codes, lanes);
-}
-
 // The largest so far and which element of its window it was, of a vector of outputs or of one.
 template <class V, class M>
 struct Largest {
@@ -114,7 +108,7 @@ void max_pool_planes_strided(const MaxPool2dShape& s, const T* x, T* y, uint8_t*
         for (int64_t j = 0; j < s.kernel_w; ++j)
           largest.offer(load_strided<stride_w>(window + j * s.dilation_w, s.stride_w, lanes), int(i * s.kernel_w + j));
       store_lanes(out + ox, largest.value, lanes);
-      store_codes<A>(out_code + ox, largest.element, lanes);
+      store_bytes_n(out_code + ox, largest.element, lanes);
       ox += lanes;
     }
   }
@@ -236,7 +230,7 @@ void max_pool_pixels(const MaxPool2dShape& s, const void* x_, void* y_, uint8_t*
         Largest<Vec<A>, Mask<A>> largest{splat(-A(__builtin_inf())), Mask<A>{} + first};
         for (int k = 0; k < count; ++k) largest.offer(load_lanes(pixels[k] + c, lanes), elements[k]);
         store_lanes(y + c, largest.value, lanes);
-        store_codes<A>(code + c, largest.element, lanes);
+        store_bytes_n(code + c, largest.element, lanes);
       }
     }
   }
