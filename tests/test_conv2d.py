@@ -555,6 +555,10 @@ def test_depthwise(backend, stride, layouts, dtype):
         (8, 5, (5, 5), {"padding": 2}),
         (13, 2, (2, 4), {"padding": (0, 3)}),
         (16, 16, (3, 3), {"padding": 1}),
+        (5, 16, (3, 3), {"padding": 4}),
+        (23, 48, (5, 4), {"padding": 2}),
+        (21, 32, (2, 3), {"padding": (0, 1), "dilation": (1, 4)}),
+        (150, 112, (3, 3), {"padding": 1}),  # lines of all channels are more than the cache holds
         (18, 33, (3, 3), {"padding": (1, 2), "dilation": (2, 3)}),
         (27, 1, (3, 3), {"padding": 0}),
         (33, 9, (4, 1), {"padding": (4, 0)}),
@@ -574,16 +578,17 @@ def test_depthwise(backend, stride, layouts, dtype):
                 assert_same(a, e.to(dtype), f"width {width} {name}")
 
 
+@pytest.mark.parametrize("channels", [20, 32])
 @pytest.mark.parametrize("layout", mostly_big(["contiguous", "channels_last"], 1))
 @pytest.mark.parametrize("stride", [1, 2])
-def test_depthwise_padding_is_not_multiplied(backend, request, stride, layout):
+def test_depthwise_padding_is_not_multiplied(backend, request, stride, layout, channels):
     """An infinite weight or gradient meets no zero of the padding: what is not finite is so by the sum's own terms."""
     if backend == "triton":
         request.applymarker(pytest.mark.xfail(strict=True, reason="Triton's kernels multiply the padding's zeros"))
     torch.manual_seed(0)
-    x, w, b = Case((2, 20, 9, 19), (20, 1, 3, 3)).tensors(partial(normals, torch.float64))
+    x, w, b = Case((2, channels, 9, 19), (channels, 1, 3, 3)).tensors(partial(normals, torch.float64))
     w[3, 0, 0, 1], w[4, 0, 2, 2], w[18, 0, 1, 0] = torch.inf, torch.nan, -torch.inf
-    kwargs = {"stride": stride, "padding": 1, "groups": 20}
+    kwargs = {"stride": stride, "padding": 1, "groups": channels}
     grad_output = normals(torch.float64, tuple(native.conv2d(x, w, b, **kwargs).shape))
     grad_output[0, 7, 0, 4], grad_output[1, 8, -1, -1], grad_output[0, 19, 2, 0] = torch.inf, -torch.inf, torch.nan
     rows, cols = grad_output.shape[2:]

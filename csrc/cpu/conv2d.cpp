@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <limits>
 
 #include "common/conv2d_call.h"
 #include "common/python_tensors.h"
@@ -221,7 +222,7 @@ bool run_finite_tasks(const Plan& plan, Kernel kernel) {
 // ---- one channel a group ----
 
 constexpr int64_t kDepthwiseGrain = 16 << 10;        // elements a thread takes at the least
-constexpr int64_t kDepthwiseLinesBytes = 256 << 10;  // lines of many channels: a part of the L2 cache
+constexpr int64_t kDepthwiseLinesBytes = 384 << 10;  // lines of many channels: a part of the L2 cache
 constexpr int64_t kDepthwisePlaneBytes = 16 << 10;   // lines of one channel: a part of the L1 cache
 constexpr int64_t kDepthwiseBlockRows = 8;           // of a task at the least, as its first lines are packed twice
 constexpr int64_t kDepthwisePlanes = 16;             // channels of NCHW whose gradients a task sums image by image
@@ -261,6 +262,34 @@ int64_t reach_h(const Planes& p, const Tap* taps, int64_t count) {
   return reach;
 }
 
+// Whether vectors of a source's channels can be taken from its memory.
+bool can_read_in_place(const DepthwiseLines& l, const ConvSource& s, int64_t channels, DType dtype) {
+  return l.by_channel && !s.relu_output && channels % kDepthwiseVector == 0 &&
+         (dtype == kFloat32 || dtype == kFloat64) && s.stride.w * s.width <= l.size;
+}
+
+// The source columns that the taps of result column 0 read.
+struct ColumnRange {
+  int64_t first = std::numeric_limits<int64_t>::max(), last = std::numeric_limits<int64_t>::min();
+
+  void add(const Planes& p, const Tap* taps, int64_t count) {
+    for (const Tap* tap = taps; tap < taps + count; ++tap) {
+      const int64_t column = tap->col * p.step_w + p.phase_w[tap->phase] - p.origin_w;
+      first = std::min(first, column), last = std::max(last, column);
+    }
+  }
+};
+
+void read_in_place(DepthwiseLines& l, const ConvSource& s, int64_t cols, const ColumnRange& read) {
+  const int64_t begin = read.first < 0 ? ceil_div(-read.first, l.step_w) : 0;
+  const int64_t end = read.last < s.width ? std::min(cols, (s.width - 1 - read.last) / l.step_w + 1) : 0;
+  if (begin >= end) return;
+  l.in_place_begin = begin, l.in_place_end = end;
+  const int64_t left_end = begin > 0 ? (begin - 1) * l.step_w + read.last + 1 : 0;
+  l.skip_begin = std::max({left_end, -l.origin_w, int64_t(0)});
+  l.skip_end = std::max(l.skip_begin, end < cols ? end * l.step_w + read.first : s.width);
+}
+
 // Runs a problem whose result falls into up_h x up_w phases (a gradient of the input with a stride; otherwise 1 x 1),
 // of a tensor with strides `result`. False where no kernel takes these layouts. weight_stride: of the channel.
 bool run_depthwise(const std::vector<TapConv>& phases, int64_t up_h, int64_t up_w, const Strides4& result, DType dtype,
@@ -294,6 +323,11 @@ bool run_depthwise(const std::vector<TapConv>& phases, int64_t up_h, int64_t up_
   };
   d.block_channels = by_column ? 1 : channels_that_fit(lines(first.groups), first.groups, element);
   d.lines = lines(d.block_channels);
+  if (can_read_in_place(d.lines, first.source, first.groups, dtype)) {
+    ColumnRange read;
+    for (const TapConv& p : phases) read.add(p.planes, p.taps, p.num_taps);
+    read_in_place(d.lines, first.source, d.cols, read);
+  }
   d.channel_blocks = ceil_div(first.groups, d.block_channels);
   d.block_rows = d.rows;
   while (threads > 1 && d.block_rows > kDepthwiseBlockRows &&
@@ -324,7 +358,8 @@ bool run_depthwise(const std::vector<TapConv>& phases, int64_t up_h, int64_t up_
 }
 
 // False, likewise.
-bool plan_depthwise(TapGrad& p, int64_t element, DepthwiseGrad& d) {
+bool plan_depthwise(TapGrad& p, DType dtype, DepthwiseGrad& d) {
+  const int64_t element = accumulator_size(dtype);
   const bool by_column = contiguous_along(&Strides4::w, p.source) && contiguous_along(&Strides4::w, p.grad);
   const bool by_channel =
       p.groups > 1 && contiguous_along(&Strides4::c, p.source) && contiguous_along(&Strides4::c, p.grad);
@@ -340,6 +375,12 @@ bool plan_depthwise(TapGrad& p, int64_t element, DepthwiseGrad& d) {
   d.grad_lines = d.lines;
   d.grad_lines.step_w = 1, d.grad_lines.origin_w = 0, d.grad_lines.columns = p.cols;
   d.grad_lines.size = d.lines.pitch * d.lines.pixel;
+  d.grad_in_place = can_read_in_place(d.lines, p.grad, p.groups, dtype);
+  if (can_read_in_place(d.lines, p.source, p.groups, dtype)) {
+    ColumnRange read;
+    read.add(p.planes, p.taps, p.num_taps);
+    read_in_place(d.lines, p.source, p.cols, read);
+  }
   d.channel_blocks = ceil_div(p.groups, d.block_channels);
   p.slices = std::min(by_column ? p.batch : ceil_div(p.batch * p.rows, kDepthwiseBlockRows),
                       ceil_div(kGradTasks, d.channel_blocks));
@@ -639,7 +680,7 @@ void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource
   };
   DepthwiseGrad depthwise{};
   WinogradGrad winograd{};
-  if (plan_depthwise(p, element, depthwise)) {
+  if (plan_depthwise(p, dtype, depthwise)) {
     sum([&] { return run_depthwise(p, depthwise, dtype), true; });
   } else if (!plan_winograd(p, dtype, winograd) || !sum([&] { return run_winograd(p, dtype, winograd); })) {
     plan(p, element, kernels.lanes[element == 4]);

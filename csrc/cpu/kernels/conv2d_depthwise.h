@@ -23,6 +23,11 @@ struct DepthwiseLines {
   int64_t rows;                // result rows whose source rows are there at once, a multiple of kDepthwiseRows
   int64_t table_rows;          // the source rows they read, of each phase of rows
   int64_t ring;                // lines kept
+  // Result columns whose taps are all inside a channels_last source of whole vectors read it where it is; lines are
+  // for the others, and leave out source columns [skip_begin, skip_end).
+  int64_t in_place_begin, in_place_end, skip_begin, skip_end;
+
+  bool reads_in_place() const { return in_place_end > in_place_begin; }
 
   // The first column of a phase that is inside the source.
   int64_t first(int64_t phase) const { return phase < origin_w ? (origin_w - phase + step_w - 1) / step_w : 0; }
@@ -31,8 +36,8 @@ struct DepthwiseLines {
     if (by_channel) return (phase * pitch + column) * pixel;
     return phase * pitch + column + (kDepthwiseVector - first(phase) % kDepthwiseVector) % kDepthwiseVector;
   }
-  int64_t table_bytes() const { return (step_h * table_rows * int64_t(sizeof(void*)) + 63) / 64 * 64; }
-  // The ring, a line of zeros, and a table of pointers to lines.
+  int64_t table_bytes() const { return (2 * step_h * table_rows * int64_t(sizeof(void*)) + 63) / 64 * 64; }
+  // The ring, a line of zeros, and two tables of pointers: to lines, and to the source's rows.
   int64_t bytes(int64_t element) const { return table_bytes() + (ring + 1) * size * element; }
 };
 
@@ -51,6 +56,7 @@ struct DepthwiseConv {
 struct DepthwiseGrad {
   const TapGrad* problem;
   DepthwiseLines lines, grad_lines;
+  bool grad_in_place;  // the output gradient is read where it is
   int64_t block_channels, channel_blocks;
 
   int64_t tasks() const { return problem->slices * channel_blocks; }

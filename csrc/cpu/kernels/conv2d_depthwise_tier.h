@@ -4,7 +4,9 @@
 //
 // Lines: every source row is read once, in memory's own order, into a ring of lines of the accumulator type, with zeros
 // for the padding and columns split by the stride's phase. What a result row needs is then a few lines that stay in the
-// L1 cache (NCHW: of one channel) or the L2 cache (channels_last: of all channels, or as many as fit).
+// L1 cache (NCHW: of one channel) or the L2 cache (channels_last: of all channels, or as many as fit). A channels_last
+// source that needs neither converting nor masking is read in place where no tap meets padding: only the columns at its
+// edges become lines.
 // Tiles: kDepthwiseRows result rows x kSpan vectors stay in registers over the taps. Taps of one column are taken up to
 // three at a time, so that one loaded vector serves three result rows: for 3 x 3, 15 loads every 24 FMAs.
 // Gradient of the input with a stride: the result's phases are all computed from the same lines, and phases of columns
@@ -112,7 +114,8 @@ struct Ahead {
   }
   template <class T>
   Ahead& set_rows(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t rows, int64_t pieces) {
-    set(static_cast<const T*>(s.data) + n * s.stride.n + c * s.stride.c + y * s.stride.h, rows * s.width, pieces);
+    set(static_cast<const T*>(s.data) + n * s.stride.n + c * s.stride.c + y * s.stride.h, rows * s.width * s.stride.w,
+        pieces);
     return *this;
   }
   FASTNN_INLINE void fetch() {
@@ -149,15 +152,15 @@ void pack_lines_as(const ConvSource& s, const Lines& lines, int64_t n, int64_t c
   if constexpr (by_channel) {
     // In the order of memory: pixel after pixel.
     const int64_t begin = most(0, -l.origin_w), end = least(s.width, l.columns * l.step_w - l.origin_w);
-    for (int64_t i = 0; i < rows; ++i) {
-      int64_t phase = (begin + l.origin_w) % l.step_w, column = (begin + l.origin_w) / l.step_w;
-      for (int64_t x = begin; x < end; ++x) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t x = begin;; ++x) {
+        if (x == l.skip_begin) x = l.skip_end;
+        if (x >= end) break;
+        const int64_t phase = (x + l.origin_w) % l.step_w, column = (x + l.origin_w) / l.step_w;
         pack_pixel<T, masked>(r.data + i * r.stride + x * s.stride.w,
                               masked ? r.relu + i * r.relu_stride + x * s.relu_stride.w : nullptr, channels,
                               to + i * l.size + (phase * l.pitch + column) * l.pixel);
-        if (++phase == l.step_w) phase = 0, ++column;
       }
-    }
   } else {
     int64_t pairs = 0;
     if (l.step_w == 2) {
@@ -188,15 +191,17 @@ void pack_lines(const ConvSource& s, const Lines& lines, int64_t n, int64_t c, i
 
 // A ring of lines, and the table of those that some result rows read: table[phase * table_rows + i] is source row
 // i * step_h + phase, counted from the first that the topmost result reads. Result row r reads from table + r on.
+// in_place: the same of the rows in the source itself.
 template <class A>
 struct Window {
   Lines lines;
   int64_t next = 0;  // rows before it are packed
-  const A** table;
+  const A **table, **in_place;
   A *zeros, *ring;
 
   Window(const DepthwiseLines& l, const ConvSource& s, void* scratch) : lines(l, s.width) {
     table = static_cast<const A**>(scratch);
+    in_place = table + l.step_h * l.table_rows;
     zeros = reinterpret_cast<A*>(static_cast<char*>(scratch) + l.table_bytes());
     ring = zeros + l.size;
     for (int64_t i = 0; i < l.size * (l.ring + 1); ++i) zeros[i] = 0;
@@ -216,9 +221,12 @@ void turn_to(Window<Accumulator<T>>& w, const ConvSource& s, int64_t n, int64_t 
   w.next = end;
   int64_t slot = first - first / l.ring * l.ring, row = first;
   if (slot < 0) slot += l.ring;
+  const auto* source = static_cast<const Accumulator<T>*>(s.data) + n * s.stride.n + c * s.stride.c;
   for (int64_t i = 0; i < l.table_rows; ++i)
     for (int64_t phase = 0; phase < l.step_h; ++phase, ++row) {
-      w.table[phase * l.table_rows + i] = row >= 0 && row < s.height ? w.ring + slot * l.size : w.zeros;
+      const bool inside = row >= 0 && row < s.height;
+      w.table[phase * l.table_rows + i] = inside ? w.ring + slot * l.size : w.zeros;
+      if (l.reads_in_place()) w.in_place[phase * l.table_rows + i] = inside ? source + row * s.stride.h : w.zeros;
       if (++slot == l.ring) slot = 0;
     }
 }
@@ -255,6 +263,16 @@ int64_t tap_columns(const DepthwiseLines& l, const Planes& p, const Tap* taps, i
       for (t = count - 1; t >= 0; --t)
         if (!taken[t] && offsets[t] == column.offset && rows[t] == column.row + column.rows) break;
     }
+  }
+}
+
+// The same columns of a source that is read in place, with pixels `pixel` elements apart.
+void columns_in_place(const Planes& p, const Tap* taps, const TapColumn* columns, int64_t count, int64_t pixel,
+                      TapColumn* in_place) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Tap& tap = taps[columns[i].taps[0]];
+    in_place[i] = columns[i];
+    in_place[i].offset = (tap.col * p.step_w + p.phase_w[tap.phase] - p.origin_w) * pixel;
   }
 }
 
@@ -309,26 +327,34 @@ FASTNN_INLINE void store_lanes(T* p, Vec<Accumulator<T>> value, int64_t lanes) {
     store_n(p, value, int(lanes));
 }
 
+// Where a result's taps are read: `pixel` elements further on for each of its columns.
+template <class A>
+struct Reads {
+  const A* const* lines;
+  const TapColumn *columns, *columns_end;
+  int64_t pixel;
+};
+
 // Results of up to kRows rows, and all that does not change along them: one of the result's column phases.
 template <class T>
 struct ResultRows {
   using A = Accumulator<T>;
   T* result;
   int64_t row_stride, column_stride, rows, cols;
-  const A* const* lines;
-  const TapColumn *columns, *columns_end;
+  Reads<A> packed, in_place;
   const A *weight, *bias;  // a vector each: of channels, or one value in all lanes
-  int64_t weight_step, pixel;
+  int64_t weight_step;
   bool relu;
 };
 
 // kRows rows x NX vectors from column x on; by_channel: of `lanes` channels from c on. Into the result, or where it is
 // not null, into `block`, a vector after the other.
 template <class T, bool by_channel, int NX>
-FASTNN_INLINE void tile(const ResultRows<T>& r, int64_t x, int64_t c, int64_t lanes, Accumulator<T>* block) {
+FASTNN_INLINE void tile(const ResultRows<T>& r, const Reads<Accumulator<T>>& from, int64_t x, int64_t c, int64_t lanes,
+                        Accumulator<T>* block) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
-  const int64_t step = by_channel ? r.pixel : L, at = by_channel ? x * r.pixel + c : x;
+  const int64_t step = by_channel ? from.pixel : L, at = by_channel ? x * from.pixel + c : x;
   Vec<A> sum[kRows][NX];
   const Vec<A> start = r.bias ? load(r.bias + c) : Vec<A>{};
 #pragma GCC unroll 4
@@ -336,15 +362,15 @@ FASTNN_INLINE void tile(const ResultRows<T>& r, int64_t x, int64_t c, int64_t la
 #pragma GCC unroll 2
     for (int i = 0; i < NX; ++i) sum[row][i] = start;
   const A* weight = r.weight + c;
-  for (const TapColumn* column = r.columns; column < r.columns_end; ++column) {
-    const A* const* lines = r.lines + column->row;
-    const int64_t from = at + column->offset;
+  for (const TapColumn* column = from.columns; column < from.columns_end; ++column) {
+    const A* const* lines = from.lines + column->row;
+    const int64_t first = at + column->offset;
     if (column->rows == 3)
-      add_column<A, 3>(lines, from, step, weight, r.weight_step, sum);
+      add_column<A, 3>(lines, first, step, weight, r.weight_step, sum);
     else if (column->rows == 2)
-      add_column<A, 2>(lines, from, step, weight, r.weight_step, sum);
+      add_column<A, 2>(lines, first, step, weight, r.weight_step, sum);
     else
-      add_column<A, 1>(lines, from, step, weight, r.weight_step, sum);
+      add_column<A, 1>(lines, first, step, weight, r.weight_step, sum);
     weight += column->rows * r.weight_step;
   }
   if (r.relu)
@@ -398,19 +424,20 @@ FASTNN_INLINE void interleave(const Accumulator<T>* from, int64_t pitch, int64_t
 // A tile's columns of all column phases; by_channel: of `channels` channels. `width`: of the phases together.
 template <class T, bool by_channel, int NX>
 FASTNN_INLINE void tiles(const ResultRows<T>* phases, int64_t up_w, int64_t width, int64_t x, int64_t channels,
-                         Accumulator<T>* block, Ahead* ahead) {
+                         bool in_place, Accumulator<T>* block, Ahead* ahead) {
   constexpr int L = kLanes<Accumulator<T>>;
+  ahead[0].fetch(), ahead[1].fetch();
   if (by_channel) {
     for (int64_t b = 0; b < up_w; ++b)
-      for (int64_t c = 0; c < channels; c += L) tile<T, true, NX>(phases[b], x, c, channels - c, nullptr);
+      for (int64_t c = 0; c < channels; c += L)
+        tile<T, true, NX>(phases[b], in_place ? phases[b].in_place : phases[b].packed, x, c, channels - c, nullptr);
     return;
   }
-  ahead[0].fetch(), ahead[1].fetch();
   if (up_w == 1) {
-    tile<T, false, NX>(*phases, x, 0, L, nullptr);
+    tile<T, false, NX>(*phases, phases->packed, x, 0, L, nullptr);
   } else {
     constexpr int64_t kPhase = kRows * NX * L;
-    for (int64_t b = 0; b < up_w; ++b) tile<T, false, NX>(phases[b], x, 0, L, block + b * kPhase);
+    for (int64_t b = 0; b < up_w; ++b) tile<T, false, NX>(phases[b], phases[b].packed, x, 0, L, block + b * kPhase);
     for (int64_t row = 0; row < phases->rows; ++row)
       interleave(block + row * NX * L, kPhase, up_w, least(NX * L * up_w, width - x * up_w),
                  phases->result + row * phases->row_stride + x * up_w);
@@ -462,16 +489,18 @@ void run_layout(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t en
   Window<A> window(d.lines, first.source, scratch);
   A* block = window.ring + d.lines.ring * d.lines.size;
   A* splats = block + d.up_w * kRows * kSpan * kLanes<A>;  // [phase][tap, bias]
-  TapColumn columns[kDepthwiseMaxTaps];
+  TapColumn columns[kDepthwiseMaxTaps], in_place[kDepthwiseMaxTaps];
   int64_t ends[kMaxPhases + 1] = {};
   ResultRows<T> rows[kMaxPhases];
   for (int64_t i = 0; i < num_phases; ++i) {
     const TapConv& p = d.phases[i];
-    ends[i + 1] = ends[i] + tap_columns(d.lines, p.planes, p.taps, p.num_taps, columns + ends[i]);
+    const int64_t count = tap_columns(d.lines, p.planes, p.taps, p.num_taps, columns + ends[i]);
+    columns_in_place(p.planes, p.taps, columns + ends[i], count, p.source.stride.w, in_place + ends[i]);
+    ends[i + 1] = ends[i] + count;
     ResultRows<T>& r = rows[i];
-    r.row_stride = p.result.stride.h, r.column_stride = p.result.stride.w, r.cols = p.cols;
-    r.columns = columns + ends[i], r.columns_end = columns + ends[i + 1];
-    r.pixel = d.lines.pixel, r.relu = p.relu;
+    r.row_stride = p.result.stride.h, r.column_stride = p.result.stride.w, r.cols = p.cols, r.relu = p.relu;
+    r.packed = {nullptr, columns + ends[i], columns + ends[i + 1], d.lines.pixel};
+    r.in_place = {nullptr, in_place + ends[i], in_place + ends[i + 1], p.planes.step_w * p.source.stride.w};
   }
   for (int64_t task = begin; task < end; ++task) {
     const int64_t channel_block = task % d.channel_blocks, rest = task / d.channel_blocks;
@@ -504,25 +533,29 @@ void run_layout(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t en
           const TapConv& p = d.phases[a * d.up_w + b];
           const Strides4& stride = p.result.stride;
           phases[b].result = static_cast<T*>(p.result.data) + n * stride.n + c * stride.c + y * stride.h;
-          phases[b].lines = window.table + inside, phases[b].rows = least(kRows, p.rows - y), width += p.cols;
+          phases[b].packed.lines = window.table + inside, phases[b].in_place.lines = window.in_place + inside;
+          phases[b].rows = least(kRows, p.rows - y), width += p.cols;
         }
-        // NCHW fetches the same rows of the next plane, and the result rows that come next.
+        // NCHW fetches the same rows of the next plane, and the result rows that come next; channels_last, which writes
+        // in memory's order, the source's next rows.
+        const int64_t step = first.planes.step_h, pieces = ceil_div(d.cols, kSpan * kWide);
         Ahead ahead[2];
-        if (!by_channel) {
-          const int64_t pieces = ceil_div(d.cols, kSpan * kWide), step = first.planes.step_h;
-          if (a == 0) ahead[0].set_rows<T>(first.source, n, c + 1, y * step, kRows * step, pieces);
-          ahead[1].set(phases->result + kRows * phases->row_stride, kRows * width, pieces);
-        }
-        for (int64_t x = 0; x < d.cols;) {
-          // The last tile may overlap the one before it: no partial vectors, unless the whole row is one.
-          const int span = d.cols - x >= kSpan * kWide ? kSpan : 1;
-          if (x + span * kWide > d.cols) x = most(0, d.cols - span * kWide);
-          if (span == kSpan)
-            tiles<T, by_channel, kSpan>(phases, d.up_w, width, x, channels, block, ahead);
-          else
-            tiles<T, by_channel, 1>(phases, d.up_w, width, x, channels, block, ahead);
-          x += span * kWide;
-        }
+        if (by_channel && d.channel_blocks == 1 && a == 0)
+          ahead[0].set_rows<T>(first.source, n, c, y * step - d.lines.origin_h + d.lines.ring, kRows * step, pieces);
+        if (!by_channel && a == 0) ahead[0].set_rows<T>(first.source, n, c + 1, y * step, kRows * step, pieces);
+        if (!by_channel) ahead[1].set(phases->result + kRows * phases->row_stride, kRows * width, pieces);
+        const int64_t parts[] = {d.lines.in_place_begin, d.lines.in_place_end, d.cols};
+        for (int64_t x = 0, part = 0; part < 3; ++part)
+          for (const int64_t begin = x, end = parts[part]; x < end;) {
+            // The last tile may overlap the one before it: no partial vectors, unless the whole row is one.
+            const int span = end - x >= kSpan * kWide ? kSpan : 1;
+            if (x + span * kWide > end) x = most(begin, end - span * kWide);
+            if (span == kSpan)
+              tiles<T, by_channel, kSpan>(phases, d.up_w, width, x, channels, part == 1, block, ahead);
+            else
+              tiles<T, by_channel, 1>(phases, d.up_w, width, x, channels, part == 1, block, ahead);
+            x += span * kWide;
+          }
       }
     }
     for (int64_t k = c; k < c + channels; ++k)
@@ -540,24 +573,30 @@ void run_depthwise(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t
 
 // ---- gradient of the weight ----
 
-// sums[tap] += over `count` vectors, `step` apart from `at` on, and kRows rows: gradient * source, for a block of
-// rows x cols taps.
+// Vectors of kRows lines, `step` apart from `at` on.
+template <class A>
+struct Vectors {
+  const A* const* lines;
+  int64_t at, step;
+};
+
+// sums[tap] += over `count` vectors and kRows rows: gradient * source, for a block of rows x cols taps.
 template <class A, int rows, int cols>
-FASTNN_INLINE void add_products(const TapColumn* columns, const A* const* lines, const A* const* grads, int64_t at,
-                                int64_t step, int64_t count, Vec<A>* sums) {
+FASTNN_INLINE void add_products(const TapColumn* columns, Vectors<A> source, Vectors<A> grad, int64_t count,
+                                Vec<A>* sums) {
   Vec<A> sum[rows][cols];
 #pragma GCC unroll 3
   for (int k = 0; k < rows; ++k)
 #pragma GCC unroll 3
     for (int q = 0; q < cols; ++q) sum[k][q] = sums[columns[q].taps[k]];
-  lines += columns->row;
-  for (int64_t i = 0; i < count; ++i, at += step) {
+  const A* const* lines = source.lines + columns->row;
+  for (int64_t i = 0; i < count; ++i, source.at += source.step, grad.at += grad.step) {
     Vec<A> g[kRows];
 #pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row) g[row] = load(grads[row] + at);
+    for (int row = 0; row < kRows; ++row) g[row] = load(grad.lines[row] + grad.at);
 #pragma GCC unroll 3
     for (int q = 0; q < cols; ++q) {
-      const int64_t from = at + columns[q].offset;
+      const int64_t from = source.at + columns[q].offset;
 #pragma GCC unroll 8
       for (int line = 0; line < kRows + rows - 1; ++line) {
         const Vec<A> value = load(lines[line] + from);
@@ -574,23 +613,23 @@ FASTNN_INLINE void add_products(const TapColumn* columns, const A* const* lines,
 }
 
 template <class A>
-void add_all_products(const TapColumn* columns, int64_t num_columns, const A* const* lines, const A* const* grads,
-                      int64_t at, int64_t step, int64_t count, Vec<A>* sums) {
+void add_all_products(const TapColumn* columns, int64_t num_columns, const Vectors<A>& source, const Vectors<A>& grad,
+                      int64_t count, Vec<A>* sums) {
   for (const TapColumn *column = columns, *end = columns + num_columns; column < end;) {
     const bool three = end - column >= 3 && column[1].row == column->row && column[2].row == column->row &&
                        column[1].rows == column->rows && column[2].rows == column->rows;
     if (column->rows == 3 && three)
-      add_products<A, 3, 3>(column, lines, grads, at, step, count, sums);
+      add_products<A, 3, 3>(column, source, grad, count, sums);
     else if (column->rows == 3)
-      add_products<A, 3, 1>(column, lines, grads, at, step, count, sums);
+      add_products<A, 3, 1>(column, source, grad, count, sums);
     else if (column->rows == 2 && three)
-      add_products<A, 2, 3>(column, lines, grads, at, step, count, sums);
+      add_products<A, 2, 3>(column, source, grad, count, sums);
     else if (column->rows == 2)
-      add_products<A, 2, 1>(column, lines, grads, at, step, count, sums);
+      add_products<A, 2, 1>(column, source, grad, count, sums);
     else if (three)
-      add_products<A, 1, 3>(column, lines, grads, at, step, count, sums);
+      add_products<A, 1, 3>(column, source, grad, count, sums);
     else
-      add_products<A, 1, 1>(column, lines, grads, at, step, count, sums);
+      add_products<A, 1, 1>(column, source, grad, count, sums);
     column += three ? 3 : 1;
   }
 }
@@ -621,14 +660,16 @@ void sum_carefully(const TapGrad& p, int64_t c, int64_t begin, int64_t end, Accu
 // bias.
 template <class T, bool by_channel>
 void sum_rows(const DepthwiseGrad& d, Window<Accumulator<T>>& window, const Lines& grad_lines, Accumulator<T>* grads,
-              const TapColumn* columns, int64_t num_columns, int64_t index, int64_t stop, int64_t c, int64_t channels,
-              Vec<Accumulator<T>>* sums) {
+              const TapColumn* columns, const TapColumn* columns_in_place, int64_t num_columns, int64_t index,
+              int64_t stop, int64_t c, int64_t channels, Vec<Accumulator<T>>* sums) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   const TapGrad& p = *d.problem;
   const int64_t n = index / p.rows, vectors = by_channel ? ceil_div(channels, L) : 1;
   // A pass of vectors: kColumns pixels of one vector of channels, or a whole row.
-  const int64_t step = by_channel ? d.lines.pixel : L, passed = by_channel ? kColumns : ceil_div(p.cols, L) * L;
+  const int64_t passed = by_channel ? kColumns : ceil_div(p.cols, L) * L;
+  const int64_t parts[] = {d.lines.in_place_begin, d.lines.in_place_end, p.cols};
+  const int64_t grad_step = !by_channel ? L : d.grad_in_place ? p.grad.stride.w : d.lines.pixel;
   window.next = 0;
   for (const int64_t begin = index; index < stop; index += kRows) {
     const int64_t y = index % p.rows;
@@ -640,23 +681,37 @@ void sum_rows(const DepthwiseGrad& d, Window<Accumulator<T>>& window, const Line
     if (inside == 0) turn_to<T, by_channel>(window, p.source, n, c, channels, y);
     const A* rows[kRows];
     for (int i = 0; i < kRows; ++i) {
-      A* line = grads + i * d.grad_lines.size;
+      const A* line = grads + i * d.grad_lines.size;
+      if (d.grad_in_place)
+        line = static_cast<const A*>(p.grad.data) + n * p.grad.stride.n + c + (y + i) * p.grad.stride.h;
       rows[i] = index + i < stop ? line : window.zeros;
     }
-    pack_lines<T, by_channel>(p.grad, grad_lines, n, c, channels, y, least(kRows, stop - index), grads);
-    for (int64_t x = 0; x < p.cols; x += passed)
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t at = x * step + v * L;
-        const int64_t count = by_channel ? least(passed, p.cols - x) : passed / L;
-        Vec<A>* sum = sums + v * (p.num_taps + 1);
-        add_all_products(columns, num_columns, window.table + inside, rows, at, step, count, sum);
-        if (!p.bias_sums) continue;
-        Vec<A> total[kRows] = {};
-        for (int64_t i = 0; i < count; ++i)
+    if (!d.grad_in_place)
+      pack_lines<T, by_channel>(p.grad, grad_lines, n, c, channels, y, least(kRows, stop - index), grads);
+    // The source's next rows come soon enough by themselves; a second stream beside them does not.
+    Ahead ahead;
+    if (by_channel && d.channel_blocks == 1)
+      ahead.set_rows<T>(p.grad, n, c, y + kRows, kRows, ceil_div(p.cols, passed) * vectors);
+    for (int64_t x = 0, part = 0; part < 3; ++part)
+      for (int64_t width; x < parts[part]; x += width) {
+        width = least(passed, parts[part] - x);
+        const bool in_place = part == 1;
+        const A* const* lines = (in_place ? window.in_place : window.table) + inside;
+        const int64_t step = !by_channel ? L : in_place ? p.planes.step_w * p.source.stride.w : d.lines.pixel;
+        const int64_t count = by_channel ? width : passed / L;
+        for (int64_t v = 0; v < vectors; ++v) {
+          ahead.fetch();
+          const Vectors<A> source{lines, x * step + v * L, step}, grad{rows, x * grad_step + v * L, grad_step};
+          Vec<A>* sum = sums + v * (p.num_taps + 1);
+          add_all_products(in_place ? columns_in_place : columns, num_columns, source, grad, count, sum);
+          if (!p.bias_sums) continue;
+          Vec<A> total[kRows] = {};
+          for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 4
-          for (int row = 0; row < kRows; ++row) total[row] += load(rows[row] + at + i * step);
+            for (int row = 0; row < kRows; ++row) total[row] += load(rows[row] + grad.at + i * grad_step);
 #pragma GCC unroll 4
-        for (int row = 0; row < kRows; ++row) sum[p.num_taps] += total[row];
+          for (int row = 0; row < kRows; ++row) sum[p.num_taps] += total[row];
+        }
       }
   }
 }
@@ -672,8 +727,9 @@ void run_grad_layout(const DepthwiseGrad& d, void* scratch, int64_t begin, int64
   for (int64_t i = 0; i < kRows * d.grad_lines.size; ++i) grads[i] = 0;
   Vec<A>* sums = reinterpret_cast<Vec<A>*>(grads + kRows * d.grad_lines.size);
   const int64_t each = p.num_taps + 1;  // the last: of the bias
-  TapColumn columns[kDepthwiseMaxTaps];
+  TapColumn columns[kDepthwiseMaxTaps], in_place[kDepthwiseMaxTaps];
   const int64_t num_columns = tap_columns(d.lines, p.planes, p.taps, p.num_taps, columns);
+  columns_in_place(p.planes, p.taps, columns, num_columns, p.source.stride.w, in_place);
   const int64_t all_rows = p.batch * p.rows;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t slice = task / d.channel_blocks, c_begin = task % d.channel_blocks * d.block_channels;
@@ -687,7 +743,7 @@ void run_grad_layout(const DepthwiseGrad& d, void* scratch, int64_t begin, int64
     for (int64_t index = first_row, stop; index < end_row; index = stop) {
       stop = least(end_row, (index / p.rows + 1) * p.rows);
       for (int64_t c = c_begin; c < c_end; c += together)
-        sum_rows<T, by_channel>(d, window, grad_lines, grads, columns, num_columns, index, stop, c, together,
+        sum_rows<T, by_channel>(d, window, grad_lines, grads, columns, in_place, num_columns, index, stop, c, together,
                                 sums + (by_channel ? 0 : c - c_begin) * each);
     }
     for (int64_t c = c_begin; c < c_end; ++c) {
