@@ -381,19 +381,20 @@ def test_pool_gradients_of_many_channels(backend, dtype, layout, channels, resul
 @pytest.mark.parametrize(
     ("channels", "results", "size", "stride"),
     [
-        pytest.param(300, 40, (5, 9), 1, id="more channels than a panel holds, both ways"),
+        pytest.param(300, 40, (5, 9), 1, id="many channels"),
+        pytest.param(1030, 25, (6, 33), 1, id="more channels than a row's pixels fit the cache with"),
         pytest.param(20, 17, (1, 1), 1, id="one pixel"),
         pytest.param(3, 530, (13, 25), 2, id="strided"),
     ],
 )
-def test_one_by_one_channels_last(backend, dtype, op, channels, results, size, stride):
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_one_by_one(backend, dtype, op, channels, results, size, stride, layout):
     """On small integers, so exactly."""
-    x = integers(dtype, (2, channels, *size)).contiguous(memory_format=torch.channels_last)
+    x = LAYOUTS[layout](integers(dtype, (2, channels, *size)))
     w, b = integers(dtype, (results, channels, 1, 1)), integers(dtype, (results,))
     exact_inputs = tuple(map(to_float64, (x, w, b)))
     grad_output = integers(dtype, tuple(op.native(*exact_inputs, stride=stride).shape))
-    grad_output = grad_output.contiguous(memory_format=torch.channels_last)
-    actual = values_and_gradients(partial(op.ours, stride=stride), (x, w, b), grad_output)
+    actual = values_and_gradients(partial(op.ours, stride=stride), (x, w, b), LAYOUTS[layout](grad_output))
     exact = values_and_gradients(partial(op.native, stride=stride), exact_inputs, to_float64(grad_output))
     for name, a, e in zip(NAMES, actual, exact, strict=True):
         assert_same(a, e.to(dtype), name)

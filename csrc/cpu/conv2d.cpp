@@ -494,19 +494,22 @@ bool run_winograd(const TapGrad& p, DType dtype, WinogradGrad& g) {
 bool is_pointwise(const TapConv& p) {
   return p.groups == 1 && p.num_taps == 1 && p.planes.origin_h == 0 && p.planes.origin_w == 0 &&
          (p.rows - 1) * p.planes.step_h < p.source.height && (p.cols - 1) * p.planes.step_w < p.source.width &&
-         !p.result.pool_code && contiguous_along(&Strides4::c, p.source) && p.result.stride.c == 1;
+         !p.result.pool_code &&
+         ((contiguous_along(&Strides4::c, p.source) && p.result.stride.c == 1) ||
+          (contiguous_along(&Strides4::w, p.source) && p.result.stride.w == 1 && p.planes.step_w == 1));
 }
 
 void run_pointwise(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
   const PointwiseKernels& kernels = pointwise_kernels();
   const int64_t element = accumulator_size(dtype), panel = kernels.panel[element == 4];
-  const int64_t panels = ceil_div(p.group_results, panel), rows = p.batch * p.rows;
+  const int64_t width = p.result.stride.c == 1 ? panel : kernels.rows;
+  const int64_t blocks = ceil_div(p.group_results, width), rows = p.batch * p.rows;
   p.image_blocks = p.batch, p.row_blocks = p.rows;
-  p.channel_blocks = std::min(panels, ceil_div(2 * int64_t(torch::stable::get_num_threads()), rows));
-  p.scratch = p.cols * (panel + p.group_channels) * element;
-  const Scratch<char> packed(panels * panel * p.group_channels * element);
-  torch::stable::parallel_for(0, panels, ceil_div(4096, panel * p.group_channels), [&](int64_t begin, int64_t end) {
-    kernels.pack_weight[dtype](p, weight.data_ptr(), strides.data(), packed.get(), begin, end);
+  p.channel_blocks = std::min(blocks, ceil_div(2 * int64_t(torch::stable::get_num_threads()), rows));
+  p.scratch = p.group_channels * ceil_div(p.cols, panel) * panel * element;
+  const Scratch<char> packed(blocks * width * p.group_channels * element);
+  torch::stable::parallel_for(0, blocks, ceil_div(4096, width * p.group_channels), [&](int64_t begin, int64_t end) {
+    kernels.pack_weight[dtype](p, width, weight.data_ptr(), strides.data(), packed.get(), begin, end);
   });
   p.weight = packed.get();
   run_tasks(p, kernels.run[dtype]);

@@ -1,177 +1,236 @@
-// 1 x 1 convolution without padding on channels_last memory: the matrix product of pixels x channels and channels x
-// results, forward and (with both swapped) for the gradient of the input.
+// 1 x 1 convolution without padding: a matrix product over the channels, forward and (with the weight's two dimensions
+// swapped) for the gradient of the input.
 //
-// Blocking: kPoints pixels x 2 vectors of results stay in registers over the channels. A step broadcasts a channel of
-// each pixel from where it lies in memory, nothing packed, and loads two vectors of the weight, whose panel of two
-// vectors of results (packed once a call) stays in the L1 cache over a block of pixels; the pixels stay in the L2 cache
-// over the panels. Results go straight to their place. Sources of 16 bits, and gradients under ReLU's mask, are first
-// copied to the accumulator's type, a block at a time.
-// Loads are (kPoints + 2) / (2 * kPoints) of the FMAs.
+// Tiles: kRows rows x 2 vectors stay in registers over all channels. A step broadcasts an element of each row and loads
+// two vectors of a panel, packed [channel][two vectors]: (kRows + 2) loads every 2 * kRows FMAs.
+// channels_last: rows are pixels, read where they lie; vectors are results, and panels the weight's, packed once a
+// call. A block of pixels stays in the L2 cache over the panels. Sources of 16 bits, and gradients under ReLU's mask,
+// are first copied to the accumulator's type, a block at a time. NCHW: rows are results, of a weight packed once a call
+// in the order they are read; vectors are pixels, and panels a block of pixels', packed by each task into the L2 cache.
+// Memory: what comes next is fetched while this is computed, as neither order is one the hardware foresees.
 //
 // Operations: 2 * pixels * channels * results; bytes: each tensor once, the weight once a block of pixels.
 
 #if FASTNN_VECTOR_BYTES == 64
-constexpr int kPoints = 12;
+constexpr int kRows = 12;
 #else
-constexpr int kPoints = 6;
+constexpr int kRows = 6;
 #endif
-constexpr int64_t kPanelDepth = (16 << 10) / (2 * FASTNN_VECTOR_BYTES);  // float32 channels of a panel in the L1 cache
-constexpr int64_t kPointBytes = 256 << 10;                               // a block of pixels in the L2 cache
+constexpr int64_t kPointBytes = 256 << 10;  // a block of pixels in the L2 cache
 
-// A block of pixels against one panel, a run of `depth` channels.
 template <class T>
-struct PointBlock {
+struct RowTile {
   using A = Accumulator<T>;
-  const A* pixels;
-  int64_t pixel_pitch, depth;
-  const A* weight;  // [depth][two vectors]
-  const A* bias;    // or null
-  A* partial;       // [pixel][two vectors]: sums so far, unless `first`; where they go, unless `last`
+  const A* rows;  // by_channel: row_pitch apart, channels neighbours; otherwise [channel][kRows]
+  int64_t row_pitch, channels;
+  const A* panel;
+  const A* bias;  // or null; by_channel: of the vectors' results, otherwise of the rows
   T* result;
   int64_t result_pitch;
-  int results;  // of the panel's two vectors
-  bool first, last, relu;
+  int lanes;  // of the two vectors
+  bool relu;
+  int64_t ahead;  // bytes to fetch each channel, behind the rows
 };
 
-template <class T, int NP>
-void multiply_points(const PointBlock<T>& b, int64_t i) {
+template <class T, bool by_channel, int NR, int NV>
+void multiply_rows(const RowTile<T>& b) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
-  Vec<A> sum[NP][2];
-  for (int v = 0; v < 2; ++v) {
-    const int lanes = int(most(0, least(L, b.results - v * L)));
-    const Vec<A> start = b.bias ? load_n(b.bias + v * L, lanes) : Vec<A>{};
+  Vec<A> sum[NR][NV];
+  for (int v = 0; v < NV; ++v) {
+    const int lanes = int(least(L, b.lanes - v * L));
+    const Vec<A> start = by_channel && b.bias ? load_n(b.bias + v * L, lanes) : Vec<A>{};
 #pragma GCC unroll 12
-    for (int n = 0; n < NP; ++n) sum[n][v] = b.first ? start : load(b.partial + ((i + n) * 2 + v) * L);
+    for (int n = 0; n < NR; ++n) sum[n][v] = !by_channel && b.bias ? splat(b.bias[n]) : start;
   }
-  const A* pixel = b.pixels + i * b.pixel_pitch;
-  const A* weight = b.weight;
-  for (int64_t c = 0; c < b.depth; ++c, ++pixel, weight += 2 * L) {
-    const Vec<A> w0 = load(weight), w1 = load(weight + L);
-#pragma GCC unroll 12
-    for (int n = 0; n < NP; ++n) {
-      const Vec<A> x = splat(pixel[n * b.pixel_pitch]);
-      sum[n][0] += x * w0;
-      sum[n][1] += x * w1;
+  const A *row = b.rows, *panel = b.panel;
+  const int64_t pitch = by_channel ? b.row_pitch : 1;
+  const char* ahead = reinterpret_cast<const char*>(row + NR * pitch);
+  for (int64_t c = 0; c < b.channels; ++c, row += by_channel ? 1 : kRows, panel += 2 * L) {
+    if (by_channel) {
+      __builtin_prefetch(ahead);
+      ahead += b.ahead;
     }
-  }
-#pragma GCC unroll 12
-  for (int n = 0; n < NP; ++n)
+    Vec<A> w[NV];
 #pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      if (!b.last) {
-        store(b.partial + ((i + n) * 2 + v) * L, sum[n][v]);
-        continue;
-      }
+    for (int v = 0; v < NV; ++v) w[v] = load(panel + v * L);
+#pragma GCC unroll 12
+    for (int n = 0; n < NR; ++n) {
+      const Vec<A> x = splat(row[n * pitch]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) sum[n][v] += x * w[v];
+    }
+  }
+#pragma GCC unroll 12
+  for (int n = 0; n < NR; ++n)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
       const Vec<A> value = b.relu ? (sum[n][v] < Vec<A>{} ? Vec<A>{} : sum[n][v]) : sum[n][v];
-      T* to = b.result + (i + n) * b.result_pitch + v * L;
-      if (b.results >= (v + 1) * L)
+      T* to = b.result + n * b.result_pitch + v * L;
+      if (b.lanes >= (v + 1) * L)
         store(to, value);
-      else if (b.results > v * L)
-        store_n(to, value, b.results - v * L);
+      else
+        store_n(to, value, b.lanes - v * L);
     }
 }
 
-template <class T, int NP>
-FASTNN_INLINE void multiply_points_of(int64_t count, const PointBlock<T>& b, int64_t i) {
-  if constexpr (NP > 1)
-    if (count < NP) return multiply_points_of<T, NP - 1>(count, b, i);
-  multiply_points<T, NP>(b, i);
+template <class T, bool by_channel, int NR>
+FASTNN_INLINE void multiply_rows_of(int64_t rows, const RowTile<T>& b) {
+  if constexpr (NR > 1)
+    if (rows < NR) return multiply_rows_of<T, by_channel, NR - 1>(rows, b);
+  if (b.lanes > kLanes<Accumulator<T>>)
+    multiply_rows<T, by_channel, NR, 2>(b);
+  else
+    multiply_rows<T, by_channel, NR, 1>(b);
 }
 
-// Panels [begin, end) of two vectors of results: packed[panel][channel][result]. strides: of group (there is one),
-// result and channel.
+// Blocks [begin, end) of `width` results: packed[block][channel][width]. strides: of group (there is one), result and
+// channel.
 template <class T>
-void pack_points_weight(const TapConv& p, const void* weight_, const int64_t* strides, void* packed_, int64_t begin,
-                        int64_t end) {
+void pack_points_weight(const TapConv& p, int64_t width, const void* weight_, const int64_t* strides, void* packed_,
+                        int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  constexpr int64_t kWidth = 2 * kLanes<A>;
   const T* weight = static_cast<const T*>(weight_) + p.taps[0].weight;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    A* packed = static_cast<A*>(packed_) + panel * kWidth * p.group_channels;
+  for (int64_t block = begin; block < end; ++block) {
+    A* packed = static_cast<A*>(packed_) + block * width * p.group_channels;
     for (int64_t c = 0; c < p.group_channels; ++c)
-      for (int64_t k = 0; k < kWidth; ++k, ++packed) {
-        const int64_t m = panel * kWidth + k;
+      for (int64_t k = 0; k < width; ++k, ++packed) {
+        const int64_t m = block * width + k;
         *packed = m < p.group_results ? to_accumulator(weight[m * strides[1] + c * strides[2]]) : A(0);
       }
   }
 }
 
-// A block of pixels in the accumulator's type, under ReLU's mask: to[pixel][channel].
+// `count` neighbours in the accumulator's type, zero where ReLU's mask stops them.
 template <class T>
-void copy_points(const T* from, int64_t step, const T* relu, int64_t relu_step, int64_t count, int64_t channels,
-                 Accumulator<T>* to) {
+FASTNN_INLINE void copy_masked(const T* from, const T* relu, int64_t count, Accumulator<T>* to) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   const Vec<A> zero{};
-  for (int64_t i = 0; i < count; ++i, from += step, relu += relu ? relu_step : 0, to += channels)
-    for (int64_t c = 0; c < channels; c += L) {
-      const int lanes = int(least(L, channels - c));
-      const Vec<A> value = lanes == L ? load(from + c) : load_n(from + c, lanes);
-      const Vec<A> masked = !relu                                                             ? value
-                            : (lanes == L ? load(relu + c) : load_n(relu + c, lanes)) <= zero ? zero
-                                                                                              : value;
-      if (lanes == L)
-        store(to + c, masked);
-      else
-        store_n(to + c, masked, lanes);
-    }
+  for (int64_t i = 0; i < count; i += L) {
+    const int lanes = int(least(L, count - i));
+    const Vec<A> value = lanes == L ? load(from + i) : load_n(from + i, lanes);
+    const Vec<A> masked = !relu                                                             ? value
+                          : (lanes == L ? load(relu + i) : load_n(relu + i, lanes)) <= zero ? zero
+                                                                                            : value;
+    if (lanes == L)
+      store(to + i, masked);
+    else
+      store_n(to + i, masked, lanes);
+  }
 }
 
-// Tasks [begin, end): a result row of one image, and a share of the panels.
+// A task's rows, and what of the problem does not change with them.
 template <class T>
-void run_points(const TapConv& p, void* scratch, int64_t begin, int64_t end) {
-  using A = Accumulator<T>;
-  constexpr int64_t kWidth = 2 * kLanes<A>, kDepth = kPanelDepth * 4 / int64_t(sizeof(A));
-  const int64_t panels = ceil_div(p.group_results, kWidth), channels = p.group_channels;
-  A* const partial = static_cast<A*>(scratch);
-  A* const copied = partial + p.cols * kWidth;
-  for (int64_t task = begin; task < end; ++task) {
+struct PointRow {
+  const T *source, *relu;
+  T* result;
+  int64_t first, last;  // of the blocks of results
+
+  PointRow(const TapConv& p, int64_t blocks, int64_t task) {
     const int64_t row = task / p.channel_blocks, share = task % p.channel_blocks, n = row / p.rows, y = row % p.rows;
     const int64_t source_y = y * p.planes.step_h;
-    const T* source = static_cast<const T*>(p.source.data) + n * p.source.stride.n + source_y * p.source.stride.h;
-    const int64_t step = p.planes.step_w * p.source.stride.w, relu_step = p.planes.step_w * p.source.relu_stride.w;
-    const T* relu = static_cast<const T*>(p.source.relu_output);
+    source = static_cast<const T*>(p.source.data) + n * p.source.stride.n + source_y * p.source.stride.h;
+    relu = static_cast<const T*>(p.source.relu_output);
     if (relu) relu += n * p.source.relu_stride.n + source_y * p.source.relu_stride.h;
-    T* result = static_cast<T*>(p.result.data) + n * p.result.stride.n + y * p.result.stride.h;
-    const int64_t most_points = most(kPoints, kPointBytes / (channels * int64_t(sizeof(A))) / kPoints * kPoints);
+    result = static_cast<T*>(p.result.data) + n * p.result.stride.n + y * p.result.stride.h;
+    first = blocks * share / p.channel_blocks, last = blocks * (share + 1) / p.channel_blocks;
+  }
+};
+
+template <class T>
+void run_points_by_channel(const TapConv& p, void* scratch, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  constexpr int64_t kWidth = 2 * kLanes<A>;
+  const int64_t channels = p.group_channels;
+  const int64_t step = p.planes.step_w * p.source.stride.w, relu_step = p.planes.step_w * p.source.relu_stride.w;
+  const int64_t most_points = most(kRows, kPointBytes / (channels * int64_t(sizeof(A))) / kRows * kRows);
+  A* const copied = static_cast<A*>(scratch);
+  RowTile<T> b;
+  b.channels = channels, b.result_pitch = p.result.stride.w, b.relu = p.relu;
+  for (int64_t task = begin; task < end; ++task) {
+    const PointRow<T> row(p, ceil_div(p.group_results, kWidth), task);
     for (int64_t x = 0; x < p.cols; x += most_points) {
       const int64_t count = least(most_points, p.cols - x);
-      PointBlock<T> b;
-      b.result_pitch = p.result.stride.w;
-      b.relu = p.relu;
-      b.partial = partial;
       const A* pixels;
-      if constexpr (sizeof(A) == sizeof(T)) pixels = source + x * step;
-      if (sizeof(A) != sizeof(T) || relu) {
-        copy_points<T>(source + x * step, step, relu ? relu + x * relu_step : nullptr, relu_step, count, channels,
-                       copied);
-        pixels = copied;
-        b.pixel_pitch = channels;
-      } else {
-        b.pixel_pitch = step;
+      if constexpr (sizeof(A) == sizeof(T)) pixels = row.source + x * step;
+      b.row_pitch = step;
+      if (sizeof(A) != sizeof(T) || row.relu) {
+        for (int64_t i = 0; i < count; ++i)
+          copy_masked(row.source + (x + i) * step, row.relu ? row.relu + (x + i) * relu_step : nullptr, channels,
+                      copied + i * channels);
+        pixels = copied, b.row_pitch = channels;
       }
-      for (int64_t panel = panels * share / p.channel_blocks; panel < panels * (share + 1) / p.channel_blocks;
-           ++panel) {
+      for (int64_t panel = row.first; panel < row.last; ++panel) {
         const int64_t m = panel * kWidth;
-        b.results = int(least(kWidth, p.group_results - m));
+        b.panel = static_cast<const A*>(p.weight) + m * channels;
         b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
-        b.result = result + x * p.result.stride.w + m;
-        for (int64_t c = 0; c < channels; c += kDepth) {
-          b.depth = least(kDepth, channels - c);
-          b.pixels = pixels + c;
-          b.weight = static_cast<const A*>(p.weight) + (panel * channels + c) * kWidth;
-          b.first = c == 0, b.last = c + b.depth == channels;
-          for (int64_t i = 0; i < count; i += kPoints) multiply_points_of<T, kPoints>(least(kPoints, count - i), b, i);
+        b.lanes = int(least(kWidth, p.group_results - m));
+        b.ahead = panel == row.first ? kRows * int64_t(sizeof(A)) : 0;
+        for (int64_t i = 0; i < count; i += kRows) {
+          b.rows = pixels + i * b.row_pitch;
+          b.result = row.result + (x + i) * b.result_pitch + m;
+          multiply_rows_of<T, true, kRows>(least(kRows, count - i), b);
         }
       }
     }
   }
 }
 
+template <class T>
+void run_points_by_column(const TapConv& p, void* scratch, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  constexpr int64_t kWidth = 2 * kLanes<A>;
+  const int64_t channels = p.group_channels;
+  const int64_t most_points = most(kWidth, kPointBytes / (channels * int64_t(sizeof(A))) / kWidth * kWidth);
+  A* const panels = static_cast<A*>(scratch);
+  RowTile<T> b;
+  b.channels = channels, b.result_pitch = p.result.stride.c, b.relu = p.relu;
+  for (int64_t task = begin; task < end; ++task) {
+    const PointRow<T> row(p, ceil_div(p.group_results, kRows), task);
+    for (int64_t x = 0; x < p.cols; x += most_points) {
+      const int64_t count = least(most_points, p.cols - x);
+      for (int64_t c = 0; c < channels; ++c) {
+        const T* source = row.source + c * p.source.stride.c + x;
+        const T* relu = row.relu ? row.relu + c * p.source.relu_stride.c + x : nullptr;
+        for (int64_t i = 0; i < count; i += kWidth)
+          copy_masked(source + i, relu ? relu + i : nullptr, least(kWidth, count - i),
+                      panels + i * channels + c * kWidth);
+      }
+      const int64_t tiles = (row.last - row.first) * ceil_div(count, kWidth);
+      int64_t fetched = 0, done = 0;
+      for (int64_t block = row.first; block < row.last; ++block) {
+        const int64_t m = block * kRows;
+        b.rows = static_cast<const A*>(p.weight) + m * channels;
+        b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
+        for (int64_t i = 0; i < count; i += kWidth) {
+          b.panel = panels + i * channels;
+          b.result = row.result + m * b.result_pitch + x + i;
+          b.lanes = int(least(kWidth, count - i));
+          for (const int64_t stop = channels * ++done / tiles; fetched < stop; ++fetched) {
+            const char* at = reinterpret_cast<const char*>(row.source + fetched * p.source.stride.c + x + count);
+            for (int64_t k = 0; k < count * int64_t(sizeof(T)); k += 64) __builtin_prefetch(at + k);
+          }
+          multiply_rows_of<T, false, kRows>(least(kRows, p.group_results - m), b);
+        }
+      }
+    }
+  }
+}
+
+// Tasks [begin, end): a result row of one image, and a share of the blocks of results.
+template <class T>
+void run_points(const TapConv& p, void* scratch, int64_t begin, int64_t end) {
+  if (p.result.stride.c == 1)
+    run_points_by_channel<T>(p, scratch, begin, end);
+  else
+    run_points_by_column<T>(p, scratch, begin, end);
+}
+
 #define FASTNN_ALL_DTYPES(function) {function<double>, function<float>, function<bf16>, function<f16>}
 const PointwiseKernels kPointwiseKernels = {
     {2 * kLanes<double>, 2 * kLanes<float>},
+    kRows,
     FASTNN_ALL_DTYPES(pack_points_weight),
     FASTNN_ALL_DTYPES(run_points),
 };
