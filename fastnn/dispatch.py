@@ -192,12 +192,16 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
     """Whether fastnn's kernels serve a call of ``op`` on these floating-point arguments (None: not given).
 
     False sends the call to native torch: another dtype (or mixed ones), device, layout or tensor subclass, a
-    torch.func transform, forward-mode AD, or ``backend('torch')``.
+    torch.func transform, forward-mode AD, torch.jit.trace, or ``backend('torch')``.
     """
     # Mostly one question to C; the compiler cannot look into that, and asks in Python.
-    plain = not torch.compiler.is_compiling() and _C.are_plain(*tensors)
+    compiling = torch.compiler.is_compiling()
+    plain = not compiling and _C.are_plain(*tensors)
     device_type = "cpu" if plain else _device_type(op, tensors)
     if device_type is None:
+        return False
+    if not compiling and torch._C._is_tracing():  # would record a call past the dispatcher as a constant
+        log_once(op, "of torch.jit.trace")
         return False
     if forced() is not None or device_type != "cpu":  # else the CPU's kernels, which are always there
         backend, reason = choice(op, device_type)
@@ -219,13 +223,13 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
 _operators: dict[str, Callable[..., Any]] = {}
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
-_profiler_enabled = torch._C._autograd._profiler_enabled
+profiler_enabled = torch._C._autograd._profiler_enabled
 
 
 def entry(operator: str, tensor: Tensor) -> Callable[..., Any] | None:
     """The compiled kernels' own entry point of ``operator``, if this call may go past torch's dispatcher: nothing that
     watches operators there (a mode, a profiler) is on. It raises ``NotCovered`` where only the dispatcher will do."""
-    if not tensor.is_cpu or _dispatch_modes() or _function_modes() or _profiler_enabled() or forced() == "triton":
+    if not tensor.is_cpu or _dispatch_modes() or _function_modes() or profiler_enabled() or forced() == "triton":
         return None
     return getattr(LIBRARIES["cpu"], operator, None)
 

@@ -172,36 +172,41 @@ def test_the_users_program(converted):
         ("SGD", {"momentum": 0.9, "lr_in_velocity": True}),
     ],
 )
-def test_optimizer_steps(name, kwargs):
-    """Bit for bit what the eager step gives, over a change of lr."""
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
+def test_optimizer_steps(name, kwargs, tensor_lr):
+    """Bit for bit what the eager step gives, over changes of lr, compiled again for the first of them at the most (and
+    for momentum's first step)."""
     values = [torch.randn(4, 3), randn(5)]
     eager, compiled = (
-        getattr(fastnn.optim, name)([torch.nn.Parameter(v.clone()) for v in values], lr=0.1, **kwargs) for _ in range(2)
+        getattr(fastnn.optim, name)(
+            [torch.nn.Parameter(v.clone()) for v in values], lr=torch.tensor(0.1) if tensor_lr else 0.1, **kwargs
+        )
+        for _ in range(2)
     )
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(compiled.step, fullgraph=True, backend=counter)
-    for lr in (0.1, 0.1, 0.05):
+    for i in range(10):
         for optimizer in (eager, compiled):
-            optimizer.param_groups[0]["lr"] = lr
+            if tensor_lr:
+                optimizer.param_groups[0]["lr"].fill_(0.1 / (1 + i))
+            else:
+                optimizer.param_groups[0]["lr"] = 0.1 / (1 + i)
             for p in optimizer.param_groups[0]["params"]:
                 p.grad = p.detach().cos()
         eager.step()
         step()
+    state_made = name == "SGD" and "momentum" in kwargs
+    assert counter.frame_count <= 2 + state_made
     assert operators(counter) == {"sgd_" if name == "SGD" else "adam_"}
     torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), rtol=0, atol=0)
     for c, e in zip(compiled.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True):
         assert torch.equal(c, e)
 
 
-@pytest.mark.parametrize("what", ["a tensor lr", "a complex parameter"])
-def test_optimizer_steps_that_are_natives(what):
-    values = [
-        torch.randn(4, 3),
-        torch.randn(2, dtype=torch.complex64 if what == "a complex parameter" else torch.float32),
-    ]
-    lr = torch.tensor(0.1) if what == "a tensor lr" else 0.1
+def test_optimizer_steps_that_are_natives():
+    values = [torch.randn(4, 3), torch.randn(2, dtype=torch.complex64)]
     native, ours = (
-        cls([torch.nn.Parameter(v.clone()) for v in values], lr=lr) for cls in (torch.optim.SGD, fastnn.optim.SGD)
+        cls([torch.nn.Parameter(v.clone()) for v in values], lr=0.1) for cls in (torch.optim.SGD, fastnn.optim.SGD)
     )
     step = torch.compile(ours.step, backend="eager")
     for _ in range(2):

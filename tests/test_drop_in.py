@@ -174,3 +174,16 @@ def test_saved_weights_load_both_ways(backend, tmp_path):
         torch.save(source.state_dict(), tmp_path / "weights.pt")
         target.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
         torch.testing.assert_close(target(x), source(x))
+
+
+@pytest.mark.expects_native
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("fused", [False, True], ids=["layers", "fused"])
+@pytest.mark.parametrize("recorded", [False, True], ids=["no_grad", "grad"])
+def test_a_trace_computes_from_its_own_input(backend, recorded: bool, fused: bool):
+    """torch.jit.trace records what the dispatcher sees; a result it does not see would be a constant of the trace."""
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    ours = model(fastnn.nn, fused)
+    with torch.set_grad_enabled(recorded):
+        traced = torch.jit.trace(ours, x)
+    torch.testing.assert_close(traced(3 * x), model(torch.nn, fused)(3 * x))

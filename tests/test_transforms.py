@@ -330,6 +330,22 @@ def test_the_profilers_trace_has_every_operator_and_its_shapes(op: str, tmp_path
     assert list(inputs[0].shape) in backward
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_the_profilers_trace_has_the_optimizers_kernel_and_its_shapes(name: str, tmp_path: Path) -> None:
+    params = [torch.nn.Parameter(torch.ones(4, 5)), torch.nn.Parameter(torch.ones(6, dtype=torch.float64))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = getattr(fastnn.optim, name)(params, lr=0.1)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        optimizer.step()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    dims = {e["name"]: e["args"]["Input Dims"] for e in events if e["name"].startswith("fastnn::")}
+    assert {operator: shapes[:2] for operator, shapes in dims.items()} == {
+        "fastnn::sgd_" if name == "SGD" else "fastnn::adam_": [[[4, 5], [6]]] * 2
+    }
+
+
 CONV = ([1, 1], [0, 0, 0, 0], [1, 1], 1)
 RAW = {
     "relu": lambda x: torch.ops.fastnn.relu(x),

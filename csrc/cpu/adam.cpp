@@ -81,7 +81,7 @@ void adam_operator(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
                    double eps, bool amsgrad, bool maximize, bool decoupled_weight_decay,
                    std::optional<double> grad_scale, std::optional<Tensor> lr_tensor,
                    std::optional<Tensor> grad_scale_tensor, std::optional<Tensor> found_inf) {
-  check_numbers("adam_", lr_tensor, grad_scale_tensor, found_inf);
+  lr = learning_rate("adam_", lr, lr_tensor, grad_scale_tensor, found_inf);
   adam_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr, beta1, beta2, weight_decay, eps,
         amsgrad, maximize, decoupled_weight_decay, grad_scale);
 }

@@ -57,7 +57,7 @@ void sgd_operator(std::vector<Tensor> params, std::vector<Tensor> grads, std::ve
                   bool nesterov, bool maximize, bool lr_in_velocity, std::optional<double> grad_scale,
                   std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_scale_tensor,
                   std::optional<Tensor> found_inf) {
-  check_numbers("sgd_", lr_tensor, grad_scale_tensor, found_inf);
+  lr = learning_rate("sgd_", lr, lr_tensor, grad_scale_tensor, found_inf);
   sgd_(params, grads, momentum_buffer_list, first_steps, lr, momentum, dampening, weight_decay, nesterov, maximize,
        lr_in_velocity, grad_scale);
 }

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import _C, LIBRARIES, choice, log_once, use_kernels
+from fastnn.dispatch import _C, LIBRARIES, profiler_enabled, choice, log_once, use_kernels
 from fastnn.ops.autograd import run_dispatched
 
 
@@ -75,14 +75,18 @@ class FusedStep(torch.optim.Optimizer):
             return True
         if compiling and not all(map(use_kernels, [self._op] * len(params), params, grads)):
             return False
-        if compiling and isinstance(group["lr"], Tensor):  # its value is not known yet
-            return False
         if library is not _C:
             # torch's own step asks this first; 2.13 has renamed it.
             getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        lr, grad_scale, found_inf = group["lr"], getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         device = None if library is _C else params[0].device
-        return self._update(group, params, grads, Numbers.of(group["lr"], grad_scale, found_inf, device))
+        if compiling and grad_scale is found_inf is None:
+            # A number would be a constant of the graph, which each change of it compiles anew.
+            device = params[0].device
+            lr = lr if isinstance(lr, Tensor) else lr * torch.ones((), dtype=torch.float64, device=device)
+            if lr.device != device:
+                return False
+        return self._update(group, params, grads, Numbers.of(lr, grad_scale, found_inf, device))
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], numbers: Numbers) -> bool:
         """`_fused_step` of a group that the kernels may take."""
@@ -129,12 +133,12 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
     changed then."""
     if torch.compiler.is_compiling():
         with torch.no_grad():
-            getattr(torch.ops.fastnn, f"{op}_")(*lists, *options)
+            getattr(torch.ops.fastnn, f"{op}_")(*lists, *options, *numbers.on_device)
         return True
     params = cast(list[Tensor], lists[0])
     library = library_of(op, params)
     try:
-        if library is not None:  # straight from the lists, past the dispatcher
+        if library is not None and not profiler_enabled():  # straight from the lists, past the dispatcher
             getattr(library, f"{op}_")(*lists, *options, *numbers.on_device)
             return True
         run_dispatched(f"{op}_", *lists, *options, *numbers.on_device)
