@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import _C, LIBRARIES, profiler_enabled, choice, log_once, use_kernels
+from fastnn.dispatch import _C, LIBRARIES, choice, log_once, profiler_enabled, use_kernels
 from fastnn.ops.autograd import run_dispatched
 
 
