@@ -79,8 +79,14 @@ FASTNN_INLINE void pool_one(const MaxPool2dShape& s, const T* plane, int64_t ori
   *code = uint8_t(largest.element);
 }
 
+// Whether windows of 2 x 2 lie a stride of 2 apart, without padding or one that hangs over the end.
+FASTNN_INLINE bool side_by_side(const MaxPool2dShape& s) {
+  return s.kernel_h == 2 && s.kernel_w == 2 && s.stride_h == 2 && s.stride_w == 2 && s.pad_h == 0 && s.pad_w == 0 &&
+         s.dilation_h == 1 && s.dilation_w == 1 && s.out_h == s.in_h / 2 && s.out_w == s.in_w / 2;
+}
+
 template <int stride_w, class T>
-void max_pool_planes_strided(const MaxPool2dShape& s, const T* x, T* y, uint8_t* code, int64_t begin, int64_t end) {
+FASTNN_INLINE void max_pool_planes_strided(const MaxPool2dShape& s, const T* x, T* y, uint8_t* code, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   // Outputs [inner, inner_end) have whole windows.
@@ -88,6 +94,7 @@ void max_pool_planes_strided(const MaxPool2dShape& s, const T* x, T* y, uint8_t*
   const int64_t room = s.in_w + s.pad_w - (s.kernel_w - 1) * s.dilation_w;
   const int64_t inner_end = most(inner, least(s.out_w, ceil_div(room, s.stride_w)));
   const T* plane = x + begin / s.out_h * s.in_h * s.in_w;
+  const T *x_end = x + ceil_div(end, s.out_h) * s.in_h * s.in_w, *y_end = y + end * s.out_w;
   for (int64_t row = begin, oy = begin % s.out_h; row < end; ++row, ++oy) {
     if (oy == s.out_h) oy = 0, plane += s.in_h * s.in_w;
     T* out = y + row * s.out_w;
@@ -101,23 +108,33 @@ void max_pool_planes_strided(const MaxPool2dShape& s, const T* x, T* y, uint8_t*
         continue;
       }
       ox = most(inner, least(ox, inner_end - L));  // the last vector may begin inside the one before
-      const int lanes = int(least(L, inner_end - ox));
+      const int outputs = int(least(L, inner_end - ox));
       const T* window = plane + (origin_y + rows.first * s.dilation_h) * s.in_w + ox * s.stride_w - s.pad_w;
+      const T* last = window + (rows.last - rows.first - 1) * s.dilation_h * s.in_w + (s.kernel_w - 1) * s.dilation_w;
+      // Of a row shorter than a vector the other lanes are written too, with anything: what is there comes later.
+      const int lanes = last + (L - 1) * s.stride_w < x_end && out + ox + L <= y_end ? L : outputs;
       Largest<Vec<A>, Mask<A>> largest{splat(-A(__builtin_inf())), Mask<A>{} + int(rows.first * s.kernel_w)};
       for (int64_t i = rows.first; i < rows.last; ++i, window += s.dilation_h * s.in_w)
         for (int64_t j = 0; j < s.kernel_w; ++j)
           largest.offer(load_strided<stride_w>(window + j * s.dilation_w, s.stride_w, lanes), int(i * s.kernel_w + j));
       store_lanes(out + ox, largest.value, lanes);
       store_bytes_n(out_code + ox, largest.element, lanes);
-      ox += lanes;
+      ox += outputs;
     }
   }
 }
 
 template <class T>
-void max_pool_planes(const MaxPool2dShape& s, const void* x_, void* y_, uint8_t* code, int64_t begin, int64_t end) {
+void max_pool_planes(const MaxPool2dShape& any, const void* x_, void* y_, uint8_t* code, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(x_);
   T* y = static_cast<T*>(y_);
+  if (side_by_side(any)) {
+    MaxPool2dShape s{};  // with what the compiler can make constants
+    s.in_h = any.in_h, s.in_w = any.in_w, s.out_h = any.out_h, s.out_w = any.out_w;
+    s.kernel_h = s.kernel_w = s.stride_h = s.stride_w = 2, s.dilation_h = s.dilation_w = 1;
+    return max_pool_planes_strided<2>(s, x, y, code, begin, end);
+  }
+  const MaxPool2dShape& s = any;
   if (s.stride_w == 1) return max_pool_planes_strided<1>(s, x, y, code, begin, end);
   if (s.stride_w == 2) return max_pool_planes_strided<2>(s, x, y, code, begin, end);
   max_pool_planes_strided<0>(s, x, y, code, begin, end);
@@ -169,14 +186,12 @@ void max_pool_planes_backward(const MaxPool2dShape& s, const void* grad_y_, cons
   using A = Accumulator<T>;
   constexpr bool kInPlace = sizeof(A) == sizeof(T);
   const int64_t in = s.in_h * s.in_w, out = s.out_h * s.out_w;
-  const bool side_by_side = s.kernel_h == 2 && s.kernel_w == 2 && s.stride_h == 2 && s.stride_w == 2 && s.pad_h == 0 &&
-                            s.pad_w == 0 && s.dilation_h == 1 && s.dilation_w == 1 && s.out_h == s.in_h / 2 &&
-                            s.out_w == s.in_w / 2;
+  const bool spread = side_by_side(s);
   for (int64_t p = begin; p < end; ++p) {
     const T* grad_y = static_cast<const T*>(grad_y_) + p * out;
     const uint8_t* codes = code + p * out;
     T* grad_x = static_cast<T*>(grad_x_) + p * in;
-    if (side_by_side) {
+    if (spread) {
       for (int64_t oy = 0; oy < s.out_h; ++oy)
         spread_row(grad_y + oy * s.out_w, codes + oy * s.out_w, grad_x + 2 * oy * s.in_w, s.in_w, s.out_w);
       __builtin_memset(grad_x + 2 * s.out_h * s.in_w, 0, size_t(s.in_h % 2 * s.in_w) * sizeof(T));

@@ -120,10 +120,10 @@ FASTNN_INLINE void store_bytes(uint8_t* p, Int64Vec v) {
 }
 // Of the first n (0 <= n <= lanes).
 FASTNN_INLINE void store_bytes_n(uint8_t* p, Int32Vec v, int n) {
+  if (n == kLanes<float>) return store_bytes(p, v);
 #if FASTNN_VECTOR_BYTES == 64
   _mm_mask_storeu_epi8(p, __mmask16((1u << n) - 1), _mm512_cvtepi32_epi8((__m512i)v));
 #else
-  if (n == kLanes<float>) return store_bytes(p, v);
   uint8_t bytes[kLanes<float>];
   store_bytes(bytes, v);
   for (int i = 0; i < n; ++i) p[i] = bytes[i];
