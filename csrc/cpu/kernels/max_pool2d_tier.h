@@ -86,7 +86,8 @@ FASTNN_INLINE bool side_by_side(const MaxPool2dShape& s) {
 }
 
 template <int stride_w, class T>
-FASTNN_INLINE void max_pool_planes_strided(const MaxPool2dShape& s, const T* x, T* y, uint8_t* code, int64_t begin, int64_t end) {
+FASTNN_INLINE void max_pool_planes_strided(const MaxPool2dShape& s, const T* x, T* y, uint8_t* code, int64_t begin,
+                                           int64_t end) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   // Outputs [inner, inner_end) have whole windows.
