@@ -56,18 +56,20 @@ POOL_NONE = tl.constexpr(255)  # the code of a pooled output that ReLU zeroed: n
 
 
 @triton.jit
-def _multiply_add(a, b, sums, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """sums + a @ b"""
+def _multiply_add(a, b, a_mask, b_mask, sums, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + a @ b, of which matrix units multiply the zeros outside of the masks too: there 0 * inf is NaN."""
     if DOT:
         return tl.dot(a, b, sums, input_precision=PRECISION)
-    return sums + tl.sum(a.to(sums.dtype)[:, :, None] * b.to(sums.dtype)[None, :, :], 1)
+    products = a.to(sums.dtype)[:, :, None] * b.to(sums.dtype)[None, :, :]
+    return sums + tl.sum(tl.where(a_mask[:, :, None] & b_mask[None, :, :], products, 0.0), 1)
 
 
 @triton.jit
 def _gather(base, row_stride, col_stride, row, col, height, width, mask):
-    """The elements at (row, col) of a plane, 0 outside the plane and the mask."""
+    """The elements at (row, col) of a plane, 0 outside the plane and the mask; and which are inside both."""
     inside = mask & (row >= 0) & (row < height) & (col >= 0) & (col < width)
-    return tl.load(base + row.to(tl.int64) * row_stride + col.to(tl.int64) * col_stride, mask=inside, other=0.0)
+    at = base + row.to(tl.int64) * row_stride + col.to(tl.int64) * col_stride
+    return tl.load(at, mask=inside, other=0.0), inside
 
 
 @triton.jit
@@ -141,12 +143,13 @@ def conv_kernel(
         mask = (p < positions)[:, None] & (d < depth)[None, :]
         mask &= (row >= 0) & (row % divide_h == 0) & (col >= 0) & (col % divide_w == 0)
         row, col = row // divide_h, col // divide_w
-        a = _gather(source_ptr + (c * source_c)[None, :], source_h, source_w, row, col, height, width, mask)
+        channel = source_ptr + (c * source_c)[None, :]
+        a, a_mask = _gather(channel, source_h, source_w, row, col, height, width, mask)
         of_tap = c * weight_c + r.to(tl.int64) * weight_h + q.to(tl.int64) * weight_w
         of_m = m.to(tl.int64) * weight_m
         b_mask = (d < depth)[:, None] & (m < group_results)[None, :]
         b = tl.load(weight_ptr + of_tap[:, None] + of_m[None, :], mask=b_mask, other=0.0)
-        sums = _multiply_add(a, b, sums, DOT, PRECISION)
+        sums = _multiply_add(a, b, a_mask, b_mask, sums, DOT, PRECISION)
 
     m = group * group_results + m
     valid = m < (group + 1) * group_results
@@ -225,8 +228,9 @@ def grad_weight_kernel(
         row = (y * stride_h - pad_top)[:, None] + (r * dilation_h)[None, :]
         col = (x * stride_w - pad_left)[:, None] + (q * dilation_w)[None, :]
         mask = (p < positions)[:, None] & (d < depth)[None, :]
-        b = _gather(input_ptr + n * input_n + (c * input_c)[None, :], input_h, input_w, row, col, height, width, mask)
-        sums = _multiply_add(a, b, sums, DOT, PRECISION)
+        channel = input_ptr + n * input_n + (c * input_c)[None, :]
+        b, b_mask = _gather(channel, input_h, input_w, row, col, height, width, mask)
+        sums = _multiply_add(a, b, a_mask, b_mask, sums, DOT, PRECISION)
     of_m = ((slice * groups + group) * group_results + m) * depth
     valid = (m < group_results)[:, None] & (d < depth)[None, :]
     tl.store(partial_ptr + of_m[:, None] + d[None, :], sums, mask=valid)
