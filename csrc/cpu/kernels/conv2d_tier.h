@@ -21,11 +21,11 @@
 // each tensor once, plus a packed copy that stays in the cache; rows on a block's border are packed twice.
 
 #if FASTNN_VECTOR_BYTES == 64
-constexpr int kTileResults = 8, kTilePairs = 6;
+constexpr int kTileResults = 8, kTilePairs = 6, kWideResults = 3;
 #else
-constexpr int kTileResults = 4, kTilePairs = 3;
+constexpr int kTileResults = 4, kTilePairs = 3, kWideResults = 1;
 #endif
-constexpr int kTileVectors = 3;
+constexpr int kTileVectors = 3, kWideVectors = 6;  // the latter of up to kWideResults result channels
 constexpr int64_t kShortDepth = 64;
 constexpr int64_t kReadChannels = 64;
 
@@ -263,9 +263,11 @@ template <class A, int MR>
 void tiles(const TileSetting<A>& s, const A* planes, int64_t channels, const A* weight, const A* bias, A* out,
            int64_t count) {
   for (int64_t left = ceil_div(count, kLanes<A>); left > 0;) {
-    const int64_t vectors = MR == 1 && left >= 6 ? 6 : tile_vectors(left);
-    if (vectors == 6)  // one result channel: more vectors instead, to have enough sums to hide an FMA's latency
-      tile<A, 1, 6>(s, planes, channels, weight, bias, out);
+    // Few result channels: more vectors instead, to have enough sums to hide an FMA's latency.
+    constexpr bool wide = MR <= kWideResults;
+    const int64_t vectors = wide && left >= kWideVectors ? kWideVectors : tile_vectors(left);
+    if (vectors == kWideVectors)
+      tile<A, wide ? MR : 1, kWideVectors>(s, planes, channels, weight, bias, out);
     else if (vectors == 3)
       tile<A, MR, 3>(s, planes, channels, weight, bias, out);
     else if (vectors == 2)
@@ -485,10 +487,11 @@ void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
         for (int64_t r = 0; r < runs; ++r) {
           const int64_t start = r * block.pitch_image, stop = start + run_length;
           for (int64_t at = start, count; at < stop; at += count) {
-            // A tile's operands stay in the L1 cache while all of the panel's weights pass by. A short reduction is
-            // not worth the way around: it takes all positions at once.
+            // A tile's operands stay in the L1 cache while all of the panel's weights pass by. A short reduction, or
+            // one tile of results, is not worth the way around: it takes all positions at once.
             const int64_t left = ceil_div(stop - at, L);
-            count = (p.group_channels * p.num_taps < kShortDepth ? left : tile_vectors(left)) * L;
+            const bool at_once = p.group_channels * p.num_taps < kShortDepth || m1 - m0 <= kWideResults;
+            count = (at_once ? left : tile_vectors(left)) * L;
             for (int64_t m = m0; m < m1;) {
               const int64_t g = m / p.group_results;
               const int width = tile_results(least(m1, (g + 1) * p.group_results) - m);
