@@ -52,7 +52,8 @@ def test_two_processes_give_the_weights_of_one(trained: Any, wrapper: str, optim
     torch.testing.assert_close(found["resumed"], found["whole"], rtol=0, atol=0)
 
 
-def test_example() -> None:
+@pytest.mark.parametrize("how", [[], ["--fsdp", "--convert"]], ids=["DistributedDataParallel", "fully_shard, convert"])
+def test_example(how: list[str]) -> None:
     pytest.importorskip("sklearn")
-    options = ["--device=cpu", "--image-size=8", "--epochs=1", "--fsdp", "--convert"]
+    options = ["--device=cpu", "--image-size=8", "--epochs=1", *how]
     assert "accuracy on 360 test images" in torchrun(str(ROOT / "examples" / "distributed.py"), *options)
