@@ -89,6 +89,14 @@ def test_every_width(backend, dtype):
         x = torch.full((3, 4, width + 2), float("nan"), dtype=dtype)[..., 1:-1].copy_(torch.randn(3, 4, width))
         for args in ((2, 2, 1), (3, 1, 1), (1,)):
             assert_is_natives(x, args)
+        if width > 1:  # windows side by side, also over an odd number of rows
+            assert_is_natives(x, (2,))
+            assert_is_natives(torch.randn(3, 6, width).to(dtype), (2,))
+
+
+def test_many_short_rows(backend):
+    """Of more planes than one thread takes, an odd number of rows each."""
+    assert_is_natives(torch.randn(50, 41, 6, 14), (2,))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -125,6 +125,33 @@ FASTNN_INLINE void max_pool_planes_strided(const MaxPool2dShape& s, const T* x, 
   }
 }
 
+// Windows side by side whose rows of outputs fill half a vector at the most: two rows to a vector. `end` - `begin` is
+// even, and planes have no last row of their own, so that rows follow on one another through all planes.
+template <class T>
+void max_pool_short_rows(const MaxPool2dShape& s, const T* x, T* y, uint8_t* code, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  const int lanes = int(2 * s.out_w), width = int(s.in_w);
+  const T *x_end = x + end * 2 * s.in_w, *y_end = y + end * s.out_w;
+  Mask<A> left, right;
+  for (int i = 0; i < L; ++i) left[i] = i < s.out_w ? 2 * i : 2 * (i - int(s.out_w)) + L, right[i] = left[i] + 1;
+  for (int64_t row = begin; row < end; row += 2) {
+    const T* window = x + row * 2 * s.in_w;
+    T* out = y + row * s.out_w;
+    // Other lanes are written too where the next rows come to overwrite them.
+    const bool whole = window + 3 * s.in_w + L <= x_end && out + L <= y_end;
+    Largest<Vec<A>, Mask<A>> largest{splat(-A(__builtin_inf())), Mask<A>{}};
+    for (int i = 0; i < 2; ++i, window += s.in_w) {
+      const Vec<A> first = load_lanes(window, whole ? L : width);
+      const Vec<A> second = load_lanes(window + 2 * s.in_w, whole ? L : width);
+      largest.offer(__builtin_shuffle(first, second, left), 2 * i);
+      largest.offer(__builtin_shuffle(first, second, right), 2 * i + 1);
+    }
+    store_lanes(out, largest.value, whole ? L : lanes);
+    store_bytes_n(code + row * s.out_w, largest.element, whole ? L : lanes);
+  }
+}
+
 template <class T>
 void max_pool_planes(const MaxPool2dShape& any, const void* x_, void* y_, uint8_t* code, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(x_);
@@ -133,6 +160,11 @@ void max_pool_planes(const MaxPool2dShape& any, const void* x_, void* y_, uint8_
     MaxPool2dShape s{};  // with what the compiler can make constants
     s.in_h = any.in_h, s.in_w = any.in_w, s.out_h = any.out_h, s.out_w = any.out_w;
     s.kernel_h = s.kernel_w = s.stride_h = s.stride_w = 2, s.dilation_h = s.dilation_w = 1;
+    if (s.in_w <= kLanes<Accumulator<T>> && s.in_h == 2 * s.out_h) {
+      const int64_t pairs_end = end - (end - begin) % 2;
+      max_pool_short_rows(s, x, y, code, begin, pairs_end);
+      begin = pairs_end;
+    }
     return max_pool_planes_strided<2>(s, x, y, code, begin, end);
   }
   const MaxPool2dShape& s = any;
