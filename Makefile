@@ -19,6 +19,15 @@ ARGS ?=
 
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 EMULATION := $(shell find tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+# For the GPU that is there alone, and nothing is installed: what is missing is said first, in one line.
+GPU_NEEDS = torch numpy setuptools pybind11 pytest hypothesis filelock tqdm matplotlib
+GPU_CHECK := import importlib.util, sys; \
+	lacks = [m for m in "$(GPU_NEEDS)".split() if importlib.util.find_spec(m) is None]; \
+	lacks and sys.exit("fastnn: $(GPU_PYTHON) lacks " + ", ".join(lacks)); \
+	import torch; torch.cuda.is_available() or sys.exit("fastnn: torch sees no GPU"); \
+	print("%d.%d" % torch.cuda.get_device_capability() + "a" * (torch.cuda.get_device_capability() == (9, 0)))
+BUILD_FOR_GPU = arch=$$($(GPU_PYTHON) -c '$(GPU_CHECK)') && \
+	FASTNN_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$arch} $(GPU_PYTHON) setup.py -q build_ext --inplace
 missing = { echo "fastnn: $(1)" >&2; exit 1; }
 
 .PHONY: help demo test test-asan test-gpu wheel test-wheel lint bench bench-gpu clean
@@ -39,7 +48,7 @@ test-asan: $(VENV)/.built  ## build with AddressSanitizer and UBSan, and run the
 	@PYTHON=$(BIN)/python sh tests/asan.sh $(ARGS)
 
 test-gpu:  ## where python3 has a CUDA build of torch: build in place for it, and run the test suite there
-	@FASTNN_CUDA=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
+	@$(BUILD_FOR_GPU)
 	@$(GPU_PYTHON) -m pytest $(ARGS)
 
 wheel: $(VENV)/.built  ## build a wheel into dist/, and say what it needs of a system
@@ -60,8 +69,8 @@ bench: $(VENV)/.built  ## run every benchmark and rewrite its results, plots and
 	@$(BIN)/python -m benchmarks --json benchmarks/results/cpu.json --plot docs/benchmarks --readme $(ARGS)
 
 bench-gpu:  ## the same there on the GPU, into benchmarks/results/ under its name
-	@FASTNN_CUDA=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
-	@$(GPU_PYTHON) -m benchmarks --device cuda --compile --plot docs/benchmarks/gpu $(ARGS) --json "benchmarks/results/$$($(GPU_PYTHON) -c \
+	@$(BUILD_FOR_GPU)
+	@$(GPU_PYTHON) -m benchmarks --device cuda --dtype float32 --dtype bfloat16 --compile --plot docs/benchmarks/gpu $(ARGS) --json "benchmarks/results/$$($(GPU_PYTHON) -c \
 		'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
 
 clean:  ## remove what was built or written, but not .venv

@@ -36,6 +36,7 @@ class Layer:
     groups: int = 1
     fusion: Fusion = ""
     quick: bool = False
+    network: str = ""
 
     @property
     def pad(self) -> int:
@@ -50,7 +51,8 @@ class Layer:
         kind = "depthwise " if self.groups == self.in_channels > 1 else f"{self.groups} groups " * (self.groups > 1)
         stride = f" s{self.stride}" if self.stride > 1 else ""
         channels = f"{self.in_channels}→{self.out_channels}@{self.size}"
-        return f"{kind}{self.kernel}x{self.kernel}{stride} {channels}" + (f" +{self.fusion}" if self.fusion else "")
+        network, fusion = f"{self.network} " * bool(self.network), f" +{self.fusion}" * bool(self.fusion)
+        return f"{network}{kind}{self.kernel}x{self.kernel}{stride} {channels}{fusion}"
 
     @property
     def flops(self) -> int:
@@ -92,10 +94,28 @@ LAYERS = [
     Layer(1, 32, 28, 5, batch=64, fusion="relu+pool"),
 ]
 
+# ResNet-50's convolutions, each kind once: channels in and out, size, kernel and stride.
+RESNET50 = [
+    (3, 64, 224, 7, 2),
+    *[(64, 64, 56, 1, 1), (64, 64, 56, 3, 1), (64, 256, 56, 1, 1), (256, 64, 56, 1, 1)],
+    *[(256, 128, 56, 1, 1), (128, 128, 56, 3, 2), (256, 512, 56, 1, 2), (128, 512, 28, 1, 1), (512, 128, 28, 1, 1)],
+    *[(128, 128, 28, 3, 1), (512, 256, 28, 1, 1), (256, 256, 28, 3, 2), (512, 1024, 28, 1, 2), (256, 1024, 14, 1, 1)],
+    *[(1024, 256, 14, 1, 1), (256, 256, 14, 3, 1), (1024, 512, 14, 1, 1), (512, 512, 14, 3, 2), (1024, 2048, 14, 1, 2)],
+    *[(512, 2048, 7, 1, 1), (2048, 512, 7, 1, 1), (512, 512, 7, 3, 1)],
+]
+FUSIONS: tuple[Fusion, ...] = ("", "relu")
+GPU_LAYERS = [  # at a batch that fills a GPU
+    Layer(c, k, size, kernel, batch=64, stride=stride, fusion=fusion, network="ResNet-50")
+    for fusion in FUSIONS
+    for c, k, size, kernel, stride in RESNET50
+]
+
 
 def layers(settings: Settings) -> list[Layer]:
     if settings.quick:
         return [replace(layer, batch=layer.batch // 4) for layer in LAYERS if layer.quick]
+    if settings.device.type == "cuda":
+        return [*LAYERS, *GPU_LAYERS]
     return LAYERS
 
 

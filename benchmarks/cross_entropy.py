@@ -35,10 +35,12 @@ LAYERS = [
     Layer(8192, 10),
     Layer(64, 10),
 ]
+GPU_LAYERS = [Layer(8192, 128256, quick=False)]  # what would take minutes on a CPU
 
 
 def layers(settings: Settings) -> list[Layer]:
-    return [layer for layer in LAYERS if layer.quick or not settings.quick]
+    all_layers = LAYERS + GPU_LAYERS if settings.device.type == "cuda" else LAYERS
+    return [layer for layer in all_layers if layer.quick or not settings.quick]
 
 
 def in_float64(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

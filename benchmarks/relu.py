@@ -33,10 +33,12 @@ LAYERS = [
     Layer((16, 64, 112, 112), inplace=True),
     Layer((64, 128)),
 ]
+GPU_LAYERS = [Layer((256, 64, 128, 128), quick=False)]  # what would take minutes on a CPU
 
 
 def layers(settings: Settings) -> list[Layer]:
-    return [layer for layer in LAYERS if layer.quick or not settings.quick]
+    all_layers = LAYERS + GPU_LAYERS if settings.device.type == "cuda" else LAYERS
+    return [layer for layer in all_layers if layer.quick or not settings.quick]
 
 
 def functions(settings: Settings) -> dict[str, Callable[..., Tensor]]:

@@ -55,7 +55,9 @@ class Layer:
 
 
 def layers(settings: Settings) -> list[Layer]:
-    return [Layer(batch=16 if settings.quick else 64)]
+    if settings.quick:
+        return [Layer(batch=16)]
+    return [Layer(batch=batch) for batch in ((64, 256) if settings.device.type == "cuda" else (64,))]
 
 
 def in_layout(model: torch.nn.Module, layout: str) -> torch.nn.Module:
