@@ -122,42 +122,106 @@ def test_found_inf_on_the_device_skips(name):
 def test_other_devices():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    x = torch.randn(1000, device="cuda:1")
-    torch.testing.assert_close(F.relu(x), native.relu(x), rtol=0, atol=0)
-    assert torch.cuda.current_device() == 0
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        generator = torch.Generator().manual_seed(0)
+        images, weight = (torch.randn(shape, generator=generator) for shape in [(4, 3, 8, 8), (5, 3, 3, 3)])
+        leaves = [images.to(device).requires_grad_(), weight.to(device).requires_grad_()]
+        scores = F.relu(F.conv2d(*leaves)).mean((2, 3))
+        F.cross_entropy(scores, torch.arange(4, device=device)).backward()
+        fastnn.optim.Adam(leaves, fused=True).step()
+        results.append([t.detach().cpu() for t in (scores, *leaves, *(leaf.grad for leaf in leaves))])
+        assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(*results)
+
+
+# ---- more elements than 31 bits count ----
+
+
+def need_memory(gib):
+    torch.cuda.empty_cache()  # what the last test freed
+    if torch.cuda.mem_get_info()[0] < gib << 30:
+        pytest.skip(f"needs {gib} GiB of free GPU memory")
+
+
+def zeros_but_the_last(count):
+    x = torch.zeros(count, dtype=torch.bfloat16, device="cuda")
+    x[-1] = 2
+    return x
+
+
+def some_elements(x):
+    return float(x[0]), float(x[2**31 - 1]), float(x[2**31]), float(x[-1])
 
 
 @pytest.mark.big
-def test_more_than_2_to_the_31_elements():
-    if torch.cuda.mem_get_info()[0] < 16 << 30:
-        pytest.skip("needs 16 GiB of free GPU memory")
-    count = 2**31 + 4096
-    x = torch.full((count,), -1.0, dtype=torch.bfloat16, device="cuda")
+def test_relu_of_more_than_2_to_the_31_elements():
+    need_memory(16)
+    x = torch.full((2**31 + 4096,), -1.0, dtype=torch.bfloat16, device="cuda")
     x[-1] = 2
-    y = F.relu_(x)
-    assert (float(y[0]), float(y[2**31]), float(y[-1])) == (0, 0, 2)
-    rows = x.fill_(0).view(-1, 4096)
-    target = torch.full((rows.shape[0],), 7, device="cuda")
-    loss = F.cross_entropy(rows, target, reduction="none")
-    torch.testing.assert_close(loss[-1].float(), torch.tensor(4096.0, device="cuda").log(), rtol=2**-8, atol=0)
+    y = F.relu(x.requires_grad_())
+    assert some_elements(y) == (0, 0, 0, 2)
+    (grad,) = torch.autograd.grad(y, x, x.detach())
+    assert some_elements(grad) == (0, 0, 0, 2)
+    assert some_elements(F.relu_(x.detach())) == (0, 0, 0, 2)
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("shape", [(2**19 + 1, 4096), (17, 1024, 2**17)], ids=["rows", "columns"])
+def test_cross_entropy_of_more_than_2_to_the_31_logits(shape):
+    need_memory(16)
+    x = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
+    x[-1].normal_()
+    x.requires_grad_()
+    target = torch.randint(shape[1], shape[:1] + shape[2:], device="cuda")
+    loss = F.cross_entropy(x, target, reduction="none")
+    (grad,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    last = x.detach()[-1:].float().requires_grad_()
+    expected = native.cross_entropy(last, target[-1:], reduction="none")
+    torch.testing.assert_close(loss[-1:].float(), expected, rtol=2**-8, atol=0)
+    (expected_grad,) = torch.autograd.grad(expected, last, torch.ones_like(expected))
+    torch.testing.assert_close(grad[-1:].float(), expected_grad, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+def test_a_step_of_more_than_2_to_the_31_elements(name):
+    need_memory(24)
+    param = zeros_but_the_last(2**31 + 4096)
+    param.grad = zeros_but_the_last(2**31 + 4096)
+    if name == "Adam":  # whose first step is lr times the gradient's sign
+        fastnn.optim.Adam([param], lr=0.5, fused=True).step()
+    else:
+        fastnn.optim.SGD([param], lr=0.25, momentum=0.9, fused=True).step()
+    assert some_elements(param) == (0, 0, 0, 1.5)
 
 
 @pytest.mark.big
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_convolutions_of_more_than_2_to_the_31_elements(memory_format):
-    if torch.cuda.mem_get_info()[0] < 24 << 30:
-        pytest.skip("needs 24 GiB of free GPU memory")
+@pytest.mark.parametrize(
+    ("function", "weight_shape", "kwargs"),
+    [
+        pytest.param(F.conv2d_relu, (8, 64, 1, 1), {}, id="1x1"),
+        pytest.param(F.conv2d_relu, (64, 1, 3, 3), {"padding": 1, "groups": 64}, id="depthwise"),
+        pytest.param(F.conv2d_relu_max_pool2d, (8, 64, 3, 3), {"padding": 1}, id="pooled"),
+    ],
+)
+def test_convolutions_of_more_than_2_to_the_31_elements(function, weight_shape, kwargs, memory_format):
+    need_memory(24)
     images = torch.zeros(2049, 64, 128, 128, dtype=torch.bfloat16, device="cuda").to(memory_format=memory_format)
     images[-1].normal_()
-    weight = torch.randn(8, 64, 1, 1, dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(weight_shape, dtype=torch.bfloat16, device="cuda")
     results = []
     for x in (images, images[-1:].clone()):
         leaves = [x.requires_grad_(), weight.requires_grad_()]
-        output = F.conv2d_relu(*leaves)
+        output = function(*leaves, **kwargs)
         results.append([output.detach()[-1], *torch.autograd.grad(output[-1].sum(), leaves)])
         results[-1][1] = results[-1][1][-1]
     for large, small in zip(*results, strict=True):
         torch.testing.assert_close(large, small)
+
+
+# ---- errors ----
 
 
 def test_a_target_out_of_range_is_a_device_assert():
@@ -170,3 +234,23 @@ torch.cuda.synchronize()
     assert done.returncode != 0
     assert "device-side assert triggered" in done.stderr
     assert "target == args.ignore_index" in done.stdout + done.stderr
+
+
+def test_a_launch_error_names_the_operator():
+    """After a device assert the device takes no launch: relu_ needs nothing else of it."""
+    script = """
+import torch, fastnn, fastnn.nn.functional as F
+x = torch.randn(3, 5, device="cuda")
+F.cross_entropy(x, torch.tensor([0, 5, 1], device="cuda"), reduction="none")
+try:
+    torch.cuda.synchronize()
+except RuntimeError:
+    pass
+try:
+    with fastnn.backend("cuda"):
+        F.relu_(x)
+except RuntimeError as error:
+    print("raised", error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "raised relu_: " in done.stdout, done.stdout + done.stderr
