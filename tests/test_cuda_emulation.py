@@ -49,9 +49,12 @@ def sanitized(**more: str) -> dict[str, str]:
         subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     )
+    options = "detect_leaks=0:malloc_context_size=4"
+    if torch.cuda.is_available():  # CUDA maps its memory where ASan keeps a gap, or does not start
+        options += ":protect_shadow_gap=0"
     return {
         **os.environ,
-        "ASAN_OPTIONS": "detect_leaks=0:malloc_context_size=4",
+        "ASAN_OPTIONS": options,
         "LD_PRELOAD": " ".join(runtimes),
         **more,
     }
