@@ -11,8 +11,8 @@
 // first 16-byte boundary and behind its last go one by one. Each thread keeps a running maximum and sum (raised at most
 // once in kUnroll packs), the group merges them, and a second kernel merges the segments of long rows in order. So a
 // row's result depends on nothing but the row.
-// Columns layout: a warp's lanes take neighbouring rows, a pack of them each where they are aligned, and eight warps
-// share the classes where there are many.
+// Columns layout: a warp's lanes take neighbouring rows, a pack of them each where they are aligned, of kUnroll classes
+// at a time, and eight warps share the classes where there are many.
 // Bytes: forward reads the logits once and keeps three values a row; backward reads them once and writes as much. Per
 // logit one e^x (a subtraction, a multiplication, a special-function operation) and an addition: memory-bound.
 // Only e^(x - m) <= 1 is ever formed, and in A, as is A e^(x - m) / S - a_c: that, not the softmax, is rounded to T.
@@ -412,16 +412,26 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < N; ++i) gradients[i] = RowGradient<A>::template of<T>(args, total_weight, row + i);
   const int64_t first = chunk * kColumnClasses, last = first + kColumnClasses;
   const int64_t end = last < args.classes ? last : args.classes;
-#pragma unroll kUnroll
-  for (int64_t c = first + threadIdx.y; c < end; c += blockDim.y) {
-    Pack<T, N> v = load_pack<N>(x + c * args.logits.class_stride), p;
-    if (kWeighted && q) p = load_pack<N>(q + c * args.probabilities.class_stride);
+  const auto write_classes = [&](int64_t c, auto count) {
+    Pack<T, N> v[count], p[count];
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      v.values[i] =
-          gradients[i].template operator()<kWeighted>(args, c, v.values[i], kWeighted && q ? widen(p.values[i]) : A(0));
-    store_pack(grad_x + c * args.grad_input.class_stride, v);
-  }
+    for (int u = 0; u < count; ++u) {
+      v[u] = load_pack<N>(x + (c + u * blockDim.y) * args.logits.class_stride);
+      if (kWeighted && q) p[u] = load_pack<N>(q + (c + u * blockDim.y) * args.probabilities.class_stride);
+    }
+#pragma unroll
+    for (int u = 0; u < count; ++u) {
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        v[u].values[i] = gradients[i].template operator()<kWeighted>(args, c + u * blockDim.y, v[u].values[i],
+                                                                     kWeighted && q ? widen(p[u].values[i]) : A(0));
+      store_pack(grad_x + (c + u * blockDim.y) * args.grad_input.class_stride, v[u]);
+    }
+  };
+  int64_t c = first + threadIdx.y;
+  for (; c + (kUnroll - 1) * blockDim.y < end; c += kUnroll * blockDim.y)
+    write_classes(c, std::integral_constant<int, kUnroll>{});
+  for (; c < end; c += blockDim.y) write_classes(c, std::integral_constant<int, 1>{});
 }
 
 // ---- totals over the rows ----
