@@ -140,7 +140,8 @@ int64_t count_slices(const TapGrad& p, int64_t blocks, int64_t element) {
 
 void plan(TapGrad& p, int64_t element, int64_t lanes) {
   p.form = p.group_channels >= 2 * lanes ? GradForm::channel_lanes
-           : p.group_results >= 2 * lanes && contiguous_along(&Strides4::c, p.grad) && p.grad.stride.w != 1
+           : p.group_results >= 2 * lanes &&
+                   (p.cols < lanes || (contiguous_along(&Strides4::c, p.grad) && p.grad.stride.w != 1))
                ? GradForm::result_lanes
                : GradForm::position_lanes;
   p.block_groups =
