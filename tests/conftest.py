@@ -54,9 +54,16 @@ def backend_of(item):
 
 def is_interpreted(item):
     """Triton's interpreter takes some 2 ms a kernel and 1 ms a program of its grid, the emulation of CUDA some 0.1 ms a
-    block of threads: fewer examples, derivatives along random directions instead of every one, and none of the cases
-    marked as big."""
+    block of threads: fewer examples, and derivatives along random directions instead of every one."""
     return backend_of(item) in (("cuda-emulated",) if GPU else ("cuda-emulated", "triton"))
+
+
+def is_too_big(item):
+    """Marked as big and interpreted; the emulation of CUDA runs what is marked as big(emulated=True)."""
+    marks = list(item.iter_markers("big"))
+    if EMULATED_CUDA:
+        marks = [mark for mark in marks if not mark.kwargs.get("emulated")]
+    return is_interpreted(item) and bool(marks)
 
 
 def is_another_tier(item):
@@ -72,8 +79,8 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[item for item in items if again(item)])
     items[:] = [item for item in items if not again(item)]
     for item in items:
-        if is_interpreted(item) and item.get_closest_marker("big"):
-            item.add_marker(pytest.mark.skip(reason="big: minutes in Triton's interpreter and the emulation of CUDA"))
+        if is_too_big(item):
+            item.add_marker(pytest.mark.skip(reason="big: minutes in Triton's interpreter or in the emulation of CUDA"))
 
 
 @pytest.hookimpl(wrapper=True)

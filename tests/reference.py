@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 
-def mostly_big(cases: Iterable[Any], *kept: int) -> list[Any]:
+def mostly_big(cases: Iterable[Any], *kept: int, emulated: bool = False) -> list[Any]:
     """The cases as a test's parameters, all but those at the positions ``kept`` marked as big."""
-    return [case if i in kept else pytest.param(case, marks=pytest.mark.big) for i, case in enumerate(cases)]
+    big = pytest.mark.big(emulated=emulated)
+    return [case if i in kept else pytest.param(case, marks=big) for i, case in enumerate(cases)]
 
 
 def pairwise(*parameters: Sequence[Any]) -> list[tuple[Any, ...]]:

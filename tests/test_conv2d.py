@@ -290,7 +290,7 @@ def test_overflow_and_underflow(backend, dtype):
     assert_same(F.conv2d(x, w), exact.to(dtype), "output")
 
 
-@pytest.mark.big
+@pytest.mark.big(emulated=True)
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_overflow_of_what_cancels(backend, dtype):
     """Winograd's convolution sums neighbours before it multiplies; the terms of the result stay in range."""
@@ -321,9 +321,9 @@ def test_infinities_and_nans_of_a_gradient(backend, case, dtype, data):
 POOLED = [(4, 1, 2, {"pool_kernel_size": (2, 3), "pool_stride": stride}) for stride in (None, 1, 3)] + [(16, 3, 1, {})]
 
 
-@pytest.mark.parametrize("convolution", mostly_big(POOLED, 1), ids=str)
+@pytest.mark.parametrize("convolution", mostly_big(POOLED, 1, emulated=True), ids=str)
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("layout", mostly_big(["contiguous", "channels_last"], 0))
+@pytest.mark.parametrize("layout", mostly_big(["contiguous", "channels_last"], 0, emulated=True))
 @pytest.mark.parametrize("operand", ["input", "weight"])
 def test_pool_of_infinities_and_nans(request, backend, operand, special, convolution, layout):
     """NaN wins its window, whichever element of several native chooses gets the gradient, and -inf loses to 0. In
@@ -375,14 +375,16 @@ def test_pool_gradients_of_many_channels(backend, dtype, layout, channels, resul
         assert_same(a, e.to(dtype), name)
 
 
-@pytest.mark.big
+@pytest.mark.big(emulated=True)
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
-@pytest.mark.parametrize("op", [CONV2D, CONV2D_RELU], ids=["plain", "relu"])
+@pytest.mark.parametrize("op", mostly_big([CONV2D, CONV2D_RELU], 0), ids=["plain", "relu"])
 @pytest.mark.parametrize(
     ("channels", "results", "size", "stride"),
     [
         pytest.param(300, 40, (5, 9), 1, id="many channels"),
-        pytest.param(1030, 25, (6, 33), 1, id="more channels than a row's pixels fit the cache with"),
+        pytest.param(
+            1030, 25, (6, 33), 1, marks=pytest.mark.big, id="more channels than a row's pixels fit the cache with"
+        ),
         pytest.param(20, 17, (1, 1), 1, id="one pixel"),
         pytest.param(3, 530, (13, 25), 2, id="strided"),
     ],
@@ -474,7 +476,7 @@ SOME_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", mostly_big(SOME_CASES, 2, 4, 6), ids=str)
+@pytest.mark.parametrize("case", mostly_big(SOME_CASES, 2, 4, 6, emulated=True), ids=str)
 def test_matches_the_definition(backend, case):
     """The output and every gradient against loops in numpy: an oracle that is not torch's convolution."""
     x, w, b = case.tensors(partial(normals, torch.float64))
@@ -491,7 +493,7 @@ def test_matches_the_definition(backend, case):
         np.testing.assert_allclose(a.numpy(), e, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("width", mostly_big(range(1, 41), 16))
+@pytest.mark.parametrize("width", [*mostly_big(range(1, 17), emulated=True), 17, *mostly_big(range(18, 41))])
 def test_every_tail(backend, width):
     """Output widths and channel counts one by one, in float32, where the vectors are widest."""
     x, w, b = Case((2, width, 5, width), (width, width, 3, 3)).tensors(partial(integers, torch.float32))
@@ -504,7 +506,7 @@ def test_every_tail(backend, width):
             assert_same(a, e, f"{layout} {name}")
 
 
-@pytest.mark.parametrize("channels", mostly_big([3, 16], 0))
+@pytest.mark.parametrize("channels", mostly_big([3, 16], 0, emulated=True))
 def test_padding_of_each_side(backend, channels):
     """The operator takes four paddings, top, left, bottom and right."""
     inputs = Case((2, channels, 13, 14), (16, channels, 3, 3)).tensors(partial(integers, torch.float32))
@@ -538,35 +540,45 @@ DEPTHWISE_LAYOUTS = [
     ("offset", "sliced"),
     ("transposed", "transposed"),
 ]
+# Widths, channels, kernels and more.
+DEPTHWISE_SIZES = [
+    (1, 3, (1, 1), {"padding": 1}),
+    (3, 8, (3, 3), {"padding": 1}),
+    (7, 17, (3, 3), {"padding": 1}),
+    (8, 5, (5, 5), {"padding": 2}),
+    (13, 2, (2, 4), {"padding": (0, 3)}),
+    (16, 16, (3, 3), {"padding": 1}),
+    (5, 16, (3, 3), {"padding": 4}),
+    (21, 32, (2, 3), {"padding": (0, 1), "dilation": (1, 4)}),
+    (27, 1, (3, 3), {"padding": 0}),
+    (33, 9, (4, 1), {"padding": (4, 0)}),
+    (66, 2, (1, 9), {"padding": 4}),
+]
+LARGE_DEPTHWISE_SIZES = [
+    (18, 33, (3, 3), {"padding": (1, 2), "dilation": (2, 3)}),
+    (47, 4, (7, 7), {"padding": 3}),
+    (35, 2, (10, 9), {"padding": 5}),  # more taps than the kernels of their own take
+    (23, 48, (5, 4), {"padding": 2}),
+    (150, 112, (3, 3), {"padding": 1}),  # lines of all channels are more than the cache holds
+]
 
 
-@pytest.mark.big
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(DEPTHWISE_SIZES, marks=pytest.mark.big(emulated=True), id="small"),
+        pytest.param(LARGE_DEPTHWISE_SIZES, marks=pytest.mark.big, id="large"),
+    ],
+)
 @pytest.mark.parametrize(
     ("stride", "layouts", "dtype"),
     pairwise([1, 2, 3, (1, 2), (2, 1), (4, 5)], DEPTHWISE_LAYOUTS, FLOATING),
     ids=str,
 )
-def test_depthwise(backend, stride, layouts, dtype):
+def test_depthwise(backend, stride, layouts, dtype, sizes):
     """Every tail of columns and channels, in every way to read and to interleave lines, with and without ReLU."""
     torch.manual_seed(0)
-    for width, channels, kernel, more in [
-        (1, 3, (1, 1), {"padding": 1}),
-        (3, 8, (3, 3), {"padding": 1}),
-        (7, 17, (3, 3), {"padding": 1}),
-        (8, 5, (5, 5), {"padding": 2}),
-        (13, 2, (2, 4), {"padding": (0, 3)}),
-        (16, 16, (3, 3), {"padding": 1}),
-        (5, 16, (3, 3), {"padding": 4}),
-        (23, 48, (5, 4), {"padding": 2}),
-        (21, 32, (2, 3), {"padding": (0, 1), "dilation": (1, 4)}),
-        (150, 112, (3, 3), {"padding": 1}),  # lines of all channels are more than the cache holds
-        (18, 33, (3, 3), {"padding": (1, 2), "dilation": (2, 3)}),
-        (27, 1, (3, 3), {"padding": 0}),
-        (33, 9, (4, 1), {"padding": (4, 0)}),
-        (47, 4, (7, 7), {"padding": 3}),
-        (66, 2, (1, 9), {"padding": 4}),
-        (35, 2, (10, 9), {"padding": 5}),  # more taps than the kernels of their own take
-    ]:
+    for width, channels, kernel, more in sizes:
         case = Case((2, channels, 11, width), (channels, 1, *kernel), layouts=(layouts[0], "contiguous", layouts[1]))
         kwargs = {"stride": stride, "groups": channels, **more}
         inputs = case.tensors(partial(integers, dtype))
