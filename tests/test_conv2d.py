@@ -845,6 +845,24 @@ def test_output_layout_is_natives(backend, input_layout, weight_layout, groups):
     assert pooled.is_contiguous(memory_format=memory_format)
 
 
+# ---- the same bits every time ----
+
+
+@pytest.mark.parametrize("groups", [1, 8], ids=["dense", "depthwise"])
+@pytest.mark.parametrize("layout", mostly_big(["contiguous", "channels_last"], 1, emulated=True))
+def test_same_bits_every_time(backend, layout, groups):
+    """With so many positions the CUDA kernels sum the gradients of weight and bias in several slices. Larger calls are
+    in test_threads.py."""
+    inputs = [torch.randn(shape) for shape in [(2, 8, 16, 17), (8, 8 // groups, 3, 3), (8,)]]
+    inputs[0] = LAYOUTS[layout](inputs[0])
+    grad_output = torch.randn(2, 8, 16, 17)
+    conv = partial(F.conv2d_relu, padding=1, groups=groups)
+    first, *others = (values_and_gradients(conv, inputs, grad_output) for _ in range(3))
+    for other in others:
+        for name, a, e in zip(NAMES, other, first, strict=True):
+            assert torch.equal(a, e), name
+
+
 # ---- the samples inside the torch wheel ----
 
 

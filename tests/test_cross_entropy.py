@@ -366,8 +366,10 @@ def test_many_rows(backend, dtype):
     torch.testing.assert_close(F.cross_entropy(x, target).double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.big
-@pytest.mark.parametrize("shape", [(3, 20000), (10, 9000), (20, 9000), (5000, 10), (200, 100), (3, 20, 700), (700, 3)])
+LARGE_SHAPES = [(3, 20000), (10, 9000), (20, 9000), (5000, 10), (200, 100), (3, 20, 700), (700, 3)]
+
+
+@pytest.mark.parametrize("shape", [(2, 17000), (70, 5), (2, 70, 9), *mostly_big(LARGE_SHAPES)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_same_bits_every_time(backend, shape, reduction):
     x, target = torch.randn(shape), torch.randint(shape[1], shape[:1] + shape[2:])

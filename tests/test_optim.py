@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optimizers import CLASSES, DTYPES, LAYOUTS, SHAPES, TYPICAL, Pair, options, special, values_of
+from reference import mostly_big
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.common_optimizers import optim_db
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -162,10 +163,8 @@ def test_same_parameter_twice(backend, name):
 
 
 @each
-@pytest.mark.big
-def test_bitwise_deterministic(backend, name):
-    shapes = [(70_001,), (5,), (333, 77)]
-
+@pytest.mark.parametrize("shapes", mostly_big([[(5_001,), (5,), (33, 7)], [(70_001,), (5,), (333, 77)]], 0), ids=str)
+def test_bitwise_deterministic(backend, name, shapes):
     def run():
         pair = Pair(name, values_of(shapes, torch.float32), **TYPICAL[name])
         for seed in range(2):

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -116,6 +117,7 @@ std::string place_name(const Place& place) { return std::string(place.file) + ":
 // ---- barriers ----
 
 unsigned thread_count, at_barrier;
+bool backwards;  // the order in which blocks, and their threads, come
 Place barrier_place;
 
 // What a lane gives to an operation of its warp.
@@ -409,7 +411,8 @@ void run_block() {
   }
   for (bool progress = true; progress;) {
     progress = false;
-    for (unsigned i = 0; i < thread_count; ++i) {
+    for (unsigned n = 0; n < thread_count; ++n) {
+      const unsigned i = backwards ? thread_count - 1 - n : n;
       if (fibers[i].state != State::kReady) continue;
       progress = true;
       resume(i);
@@ -452,8 +455,11 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& b
   launch_began = now + 1;
   context.block_size = config.blockDim;
   context.grid_size = config.gridDim;
+  // A device promises no order of blocks and warps: a result that depends on it differs from call to call here too.
+  static std::minstd_rand order;
+  backwards = order() >> 16 & 1;
   for (unsigned block = 0; block < config.gridDim.x && error == cudaSuccess; ++block) {
-    context.block = dim3(block, 0, 0);
+    context.block = dim3(backwards ? config.gridDim.x - 1 - block : block, 0, 0);
     run_block();
   }
   if (error != cudaSuccess) {  // the fibers are left in the middle of the kernel: they start anew
