@@ -26,7 +26,7 @@ def update_kernel(
     numbers_ptr,  # found_inf, 1 - lr weight_decay, grad_scale
     records,
     bias_ptr,  # (2, parameters) float64: step_size = lr / (1 - beta1^t) and sqrt(1 - beta2^t)
-    params,
+    parameters,
     weight_decay: tl.float64,
     one_minus_beta1: tl.float64,
     beta2: tl.float64,
@@ -51,7 +51,7 @@ def update_kernel(
     exp_avg_sq = tensor_of(record, 3, DTYPE, ALIGNED) + i
     bias = bias_ptr + tl.load(record + OPERANDS + 1)
     step_size = tl.load(bias).to(ACC)
-    bias_correction2_sqrt = tl.load(bias + params).to(ACC)
+    bias_correction2_sqrt = tl.load(bias + parameters).to(ACC)
 
     p = tl.load(param, mask=mask).to(ACC)
     g = tl.load(grad, mask=mask).to(ACC)

@@ -399,8 +399,9 @@ def _blocks(tensor: Tensor, columns: int, rows: int | None = None) -> dict[str, 
         height, depth = INTERPRETED_ROWS, INTERPRETED_DEPTH
     if rows is not None:
         height = min(triton.next_power_of_2(rows), height)
-    # As torch's own convolution; float32 outside of CUDA is what it says.
-    tf32 = tensor.is_cuda and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
+    # As torch's own convolution; float32 outside of CUDA is what it says. On ROCm tensors are `cuda` too.
+    nvidia = tensor.is_cuda and torch.version.hip is None
+    tf32 = nvidia and tensor.dtype is torch.float32 and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
     return {
         "ACC": accumulator(tensor),
         "DOT": dot,

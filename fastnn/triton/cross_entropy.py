@@ -148,7 +148,7 @@ def forward_kernel(
     tl.store(row_weight_ptr + row, row_weight, mask=in_range)
     tl.store(stats_ptr + row, top, mask=in_range)
     tl.store(stats_ptr + rows + row, total, mask=in_range)
-    tl.store(stats_ptr + 2 * rows.to(tl.int64) + row, weight, mask=in_range)
+    tl.store(stats_ptr + tl.full((), 2, tl.int64) * rows + row, weight, mask=in_range)
 
 
 @triton.jit
@@ -196,7 +196,7 @@ def backward_kernel(
     g = tl.load(grad_ptr + row * grad_row, mask=in_range, other=0.0)
     top = tl.load(stats_ptr + row, mask=in_range, other=0.0)
     total = tl.load(stats_ptr + rows + row, mask=in_range, other=1.0)
-    weight = tl.load(stats_ptr + 2 * rows.to(tl.int64) + row, mask=in_range, other=0.0)
+    weight = tl.load(stats_ptr + tl.full((), 2, tl.int64) * rows + row, mask=in_range, other=0.0)
     x = tl.load(x_ptr + outer * x_outer + (i * x_inner)[:, None] + (c * x_class)[None, :], mask=mask, other=0.0)
     grad = tl.exp(x.to(ACC) - _reference(top)[:, None]) / total[:, None] * weight[:, None]
     if TARGET != INDEX:
