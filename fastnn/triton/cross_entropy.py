@@ -40,6 +40,8 @@ POSITIONS = 128  # where positions are: two or four 128-byte lines of every clas
 # What the loss is taken against: the class of an index; that, smoothed (a weight for every class); or probabilities.
 INDEX, SMOOTHED, PROBABILITIES = (tl.constexpr(i) for i in range(3))
 NONE, MEAN, SUM = range(3)  # reductions
+# Of a launch: without debug a compiled kernel has no assertions, and with it, unasked, arithmetic has its own.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
 
 
 @triton.jit
@@ -328,6 +330,7 @@ def cross_entropy(
             call.keep,
             call.uniform,
             **call.constants,
+            **ASSERTING,
         )
     total_weight = row_weights.sum(dtype=torch.float64)
     stats[-1] = total_weight
@@ -387,5 +390,6 @@ def cross_entropy_backward(
         call.keep,
         call.uniform,
         **call.constants,
+        **ASSERTING,
     )
     return grad_input
