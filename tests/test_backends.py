@@ -216,7 +216,7 @@ def test_the_question_to_c_is_answered_as_in_python(tensors):
 # ---- Triton that does not work ----
 
 FAKES = {
-    "too old": ("__version__ = '2.1.0'", "triton 2.1.0 is older than 3.2"),
+    "too old": ("__version__ = '2.1.0'", "triton 2.1.0 is older than 3.6"),
     "broken": ("raise OSError('libtriton.so: undefined symbol')", "triton does not work here: OSError: libtriton.so"),
     "no version": ("", "triton does not work here: AttributeError"),
 }
