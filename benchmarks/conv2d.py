@@ -115,7 +115,8 @@ def layers(settings: Settings) -> list[Layer]:
     if settings.quick:
         return [replace(layer, batch=layer.batch // 4) for layer in LAYERS if layer.quick]
     if settings.device.type == "cuda":
-        return [*LAYERS, *GPU_LAYERS]
+        others = [replace(layer, batch=64, quick=False) for layer in LAYERS]
+        return [*GPU_LAYERS, *(layer for layer in others if replace(layer, network="ResNet-50") not in GPU_LAYERS)]
     return LAYERS
 
 

@@ -33,7 +33,10 @@ LAYERS = [
     Layer((16, 64, 112, 112), inplace=True),
     Layer((64, 128)),
 ]
-GPU_LAYERS = [Layer((256, 64, 128, 128), quick=False)]  # what would take minutes on a CPU
+GPU_LAYERS = [  # what would take minutes on a CPU
+    Layer((256, 64, 128, 128), quick=False),
+    Layer((256, 64, 128, 128), inplace=True, quick=False),
+]
 
 
 def layers(settings: Settings) -> list[Layer]:

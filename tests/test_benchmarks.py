@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn.nn.functional
 from benchmarks import __main__ as command
-from benchmarks import conv2d, cross_entropy, harness, machine, max_pool2d, optim, overhead, relu, report
+from benchmarks import conv2d, cross_entropy, harness, machine, max_pool2d, optim, overhead, relu, report, train
 from benchmarks.harness import (
     Case,
     Row,
@@ -231,6 +231,23 @@ def test_a_gpu_has_a_row_for_every_backend_and_native_at_its_best(monkeypatch):
     assert harness.with_graphs(variants, "forward", QUICK) == variants
     with fastnn.backend("torch"):
         assert harness.ours_of("relu", fastnn.dispatch.forced, gpu)["fastnn triton"]() == "triton"
+
+
+def test_a_gpu_has_the_rows_that_its_figures_are_of():
+    gpu = Settings(torch.device("cuda"))
+    convolutions = conv2d.layers(gpu)
+    names = [layer.name for layer in convolutions]
+    assert len(set(names)) == len(names)  # the rows' key: the batch is no part of it
+    assert {layer.batch for layer in convolutions} == {64}
+    assert len([n for n in names if n.startswith("ResNet-50")]) == 2 * len(conv2d.RESNET50)
+    assert "depthwise 3x3 144→144@56" in names
+    assert "3x3 3→32@224" in names
+    assert "3x3 64→64@56" not in names  # it is ResNet-50's
+    assert (1 << 28) in {math.prod(layer.shape) for layer in relu.layers(gpu)}
+    assert "8192x128256" in {layer.name for layer in cross_entropy.layers(gpu)}
+    assert [layer.batch for layer in train.layers(gpu)] == [64, 256]
+    assert conv2d.layers(Settings(CPU)) == conv2d.LAYERS
+    assert relu.layers(Settings(CPU)) == relu.LAYERS
 
 
 # What is written
