@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,3 +129,15 @@ def test_tensor_lr_and_weight_decay(backend):
         pair.set_grads(values_of([(7,)], seed=seed))
         pair.step()
         pair.assert_equal()
+
+
+@pytest.mark.one_tier
+def test_a_step_may_be_captured(backend, monkeypatch):
+    """torch asks before a capture for an option that SGD has not got. The capture itself: test_cuda.py."""
+    capturing = SimpleNamespace(is_capturing=lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: capturing)
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    fastnn.optim.SGD([p], lr=0.5).step()
+    assert torch.equal(p.detach(), torch.full((3,), 0.5))

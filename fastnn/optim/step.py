@@ -75,7 +75,7 @@ class FusedStep(torch.optim.Optimizer):
             return True
         if compiling and not all(map(use_kernels, [self._op] * len(params), params, grads)):
             return False
-        if library is not _C:
+        if library is not _C and "capturable" in group:  # SGD's steps may always be captured, and have no such option
             # torch's own step asks this first; 2.13 has renamed it.
             getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
         lr, grad_scale, found_inf = group["lr"], getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
