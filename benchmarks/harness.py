@@ -168,8 +168,11 @@ def compiled(function: Callable[..., Any], settings: Settings) -> Callable[..., 
     return torch.compile(function, dynamic=False, mode=mode)
 
 
-def graphed(run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
-    """``run`` as a CUDA graph, which its first call captures."""
+def graphed(
+    run: Callable[[], Sequence[Tensor]], undo: Callable[[], None] = lambda: None
+) -> Callable[[], Sequence[Tensor]]:
+    """``run`` as a CUDA graph, which its first call captures. ``undo`` takes back what one ``run`` has changed, so that
+    the first call's results are those of a first ``run``."""
     captured: list[tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]] = []
 
     def replay() -> Sequence[Tensor]:
@@ -179,6 +182,7 @@ def graphed(run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor
             with torch.cuda.stream(stream):  # what is made at a first call must not be in the graph
                 run()
             torch.cuda.current_stream().wait_stream(stream)
+            undo()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 results = run()
@@ -187,6 +191,24 @@ def graphed(run: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor
         return captured[0][1]
 
     return replay
+
+
+def undo_steps(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """A function that sets the parameters back to what they are now, and Adam's or SGD's state to that before its first
+    step: the same tensors, of zeros, as a graph needs them."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    values = [p.detach().clone() for p in parameters]
+
+    def undo() -> None:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
+            for state in optimizer.state.values():
+                for entry in state.values():
+                    if isinstance(entry, Tensor):
+                        entry.zero_()
+
+    return undo
 
 
 def with_graphs(variants: Sequence[Variant], pass_name: str, settings: Settings) -> list[Variant]:

@@ -207,7 +207,7 @@ def build(name: str, dtype: torch.dtype, tiny: bool) -> Task:
     return task
 
 
-def training(task: Task, converted: bool) -> tuple[Callable[[], list[Tensor]], list[fastnn.ConversionReport]]:
+def training(task: Task, converted: bool) -> tuple[Callable[[], Sequence[Tensor]], list[fastnn.ConversionReport]]:
     """A function that trains the task's model by one step and returns loss and gradients, and what convert said."""
     model, criterion, optimizer = task.model, nn.CrossEntropyLoss(), task.optimizer(task.model.parameters())
     reports = [fastnn.convert(each) for each in (model, criterion, optimizer)] if converted else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 import fastnn.optim
-from benchmarks.harness import Case, Settings, Variant, ours_of, own
+from benchmarks.harness import Case, Settings, Variant, graphed, ours_of, own, undo_steps
 
 NATIVE = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 # Steps as large as the parameters, so that a wrong one shows.
 ARGUMENTS: dict[str, dict[str, Any]] = {"Adam": {"lr": 1e-2}, "SGD": {"lr": 1e-2, "momentum": 0.9}}
+# What a step in a CUDA graph takes besides: Adam's counts its steps on the device.
+IN_GRAPH: dict[str, dict[str, Any]] = {"Adam": {"capturable": True}, "SGD": {}}
 # Tensors that a step reads or writes: parameter, moments or velocity both ways, and the gradient.
 TENSORS_MOVED = {"Adam": 7, "SGD": 5}
 FLOPS = {"Adam": 12, "SGD": 4}
@@ -52,19 +54,20 @@ def layers(settings: Settings) -> list[Layer]:
 
 
 def stepper(
-    kind: Callable[..., Any], values: list[Tensor], grads: list[Tensor], **arguments: Any
-) -> Callable[[], list[torch.nn.Parameter]]:
-    """A function that steps parameters of its own and returns them; the gradients are the same every time."""
+    kind: Callable[..., Any], values: list[Tensor], grads: list[Tensor], graph: bool = False, **arguments: Any
+) -> Callable[[], Sequence[Tensor]]:
+    """A function that steps parameters of its own and returns them; the gradients are the same every time. ``graph``:
+    as a CUDA graph."""
     parameters = [torch.nn.Parameter(v.clone()) for v in values]
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     optimizer = kind(parameters, **arguments)
 
-    def run() -> list[torch.nn.Parameter]:
+    def run() -> Sequence[Tensor]:
         optimizer.step()
         return parameters
 
-    return run
+    return graphed(run, undo_steps(optimizer)) if graph else run
 
 
 def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case]:
@@ -78,6 +81,15 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
     variants = [Variant(name, stepper(theirs, values, grads, **arguments, **flags)) for name, flags in NATIVE.items()]
     for name, call in ours_of(layer.optimizer.lower(), lambda step: step(), settings).items():
         variants.append(Variant(name, partial(call, stepper(ours, values, grads, **arguments)), ours=True))
+    if settings.device.type == "cuda":
+        arguments = arguments | IN_GRAPH[layer.optimizer]
+        for name in ("foreach", "fused"):
+            step = stepper(theirs, values, grads, graph=True, **arguments, **NATIVE[name])
+            variants.append(Variant(f"graph of {name}", step))
+        for name, call in ours_of(layer.optimizer.lower(), lambda step: step(), settings).items():
+            if name == "fastnn cuda":  # Triton's steps take a table from the host: no graph
+                step = stepper(ours, values, grads, graph=True, **arguments)
+                variants.append(Variant(f"{name}, graph", partial(call, step), ours=True))
     yield Case(
         suite="optim",
         layer=layer.name,

@@ -6,7 +6,7 @@ In a 16-bit dtype the parameters are float32 and the step is what AMP makes of i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,10 +18,16 @@ import fastnn
 import fastnn.nn
 import fastnn.optim
 from benchmarks.conv2d import LAYOUTS
-from benchmarks.harness import Case, Settings, Variant, compiled, ours_of, own
+from benchmarks.harness import Case, Settings, Variant, compiled, graphed, ours_of, own, undo_steps
 from examples.compare import load_program
 
 ADAM: dict[str, dict[str, Any]] = {"foreach": {"foreach": True}, "fused": {"fused": True}}
+# fastnn's ways: layout, and whether `fastnn.convert` has been at the model.
+OURS = {
+    "imports changed": ("NCHW", False),
+    "converted": ("NCHW", True),
+    "converted, channels_last": ("channels_last", True),
+}
 CLASSES = 10
 
 
@@ -72,10 +78,11 @@ def stepper(
     images: Tensor,
     target: Tensor,
     amp: torch.dtype | None = None,
-) -> Callable[[], list[Tensor]]:
-    """A function that takes one training step and returns the loss and every gradient."""
+    graph: bool = False,
+) -> Callable[[], Sequence[Tensor]]:
+    """A function that takes one training step and returns the loss and every gradient. ``graph``: as a CUDA graph."""
 
-    def run() -> list[Tensor]:
+    def run() -> Sequence[Tensor]:
         optimizer.zero_grad()
         with torch.autocast(images.device.type, amp, enabled=amp is not None):
             loss = criterion(forward(images), target)
@@ -83,7 +90,7 @@ def stepper(
         optimizer.step()
         return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
-    return run
+    return graphed(run, undo_steps(optimizer)) if graph else run
 
 
 def in_float64(model: torch.nn.Module, images: Tensor, target: Tensor) -> list[Tensor]:
@@ -109,21 +116,21 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
     program = load_program(native=False)
     reference = in_float64(initial, images, target)
 
-    def native(layout: str, adam: str, compile_it: bool) -> Callable[[], list[Tensor]]:
+    def native(layout: str, adam: str, compile_it: bool, graph: bool = False) -> Callable[[], Sequence[Tensor]]:
         model = in_layout(copy.deepcopy(initial), layout)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, **ADAM[adam])
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, capturable=graph, **ADAM[adam])
         forward = compiled(model, settings) if compile_it else model
         x = images.contiguous(memory_format=LAYOUTS[layout])
-        return stepper(model, forward, torch.nn.CrossEntropyLoss(), optimizer, x, target, amp)
+        return stepper(model, forward, torch.nn.CrossEntropyLoss(), optimizer, x, target, amp, graph)
 
-    def ours(layout: str, converted: bool) -> Callable[[], list[Tensor]]:
+    def ours(layout: str, converted: bool, graph: bool = False) -> Callable[[], Sequence[Tensor]]:
         model = in_layout(program.CNN(layer.size, CLASSES).to(settings.device, stored), layout)
         model.load_state_dict(initial.state_dict())
         if converted:
             convert(model)
-        optimizer = our_adam(model.parameters(), lr=1e-3)
+        optimizer = our_adam(model.parameters(), lr=1e-3, capturable=graph)
         x = images.contiguous(memory_format=LAYOUTS[layout])
-        return stepper(model, model, fastnn.nn.CrossEntropyLoss(), optimizer, x, target, amp)
+        return stepper(model, model, fastnn.nn.CrossEntropyLoss(), optimizer, x, target, amp, graph)
 
     variants = [
         Variant(f"eager {layout}, {adam}", native(layout, adam, compile_it=False))
@@ -131,14 +138,19 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
         for adam in ADAM
     ]
     variants += [Variant(f"compiled {layout}, fused", native(layout, "fused", compile_it=True)) for layout in LAYOUTS]
-    for name, call in ours_of("conv2d", lambda step: step(), settings).items():
+    if settings.device.type == "cuda":
         variants += [
-            Variant(f"{name}, imports changed", partial(call, ours("NCHW", converted=False)), ours=True),
-            Variant(f"{name}, converted", partial(call, ours("NCHW", converted=True)), ours=True),
-            Variant(
-                f"{name}, converted, channels_last", partial(call, ours("channels_last", converted=True)), ours=True
-            ),
+            Variant(f"graph of {how} {layout}, fused", native(layout, "fused", how == "compiled", graph=True))
+            for how in ("eager", "compiled")
+            for layout in LAYOUTS
         ]
+    for name, call in ours_of("conv2d", lambda step: step(), settings).items():
+        variants += [Variant(f"{name}, {how}", partial(call, ours(*way)), ours=True) for how, way in OURS.items()]
+        if name == "fastnn cuda":  # Triton's Adam takes a table from the host: no graph
+            variants += [
+                Variant(f"{name}, {how}, graph", partial(call, ours(*way, graph=True)), ours=True)
+                for how, way in OURS.items()
+            ]
     yield Case(
         suite="train",
         layer=layer.name,

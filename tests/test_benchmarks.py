@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn.nn.functional
+import fastnn.optim
 from benchmarks import __main__ as command
 from benchmarks import conv2d, cross_entropy, harness, machine, max_pool2d, optim, overhead, relu, report, train
 from benchmarks.harness import (
@@ -231,6 +233,41 @@ def test_a_gpu_has_a_row_for_every_backend_and_native_at_its_best(monkeypatch):
     assert harness.with_graphs(variants, "forward", QUICK) == variants
     with fastnn.backend("torch"):
         assert harness.ours_of("relu", fastnn.dispatch.forced, gpu)["fastnn triton"]() == "triton"
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+@pytest.mark.parametrize("module", [torch.optim, fastnn.optim], ids=["torch", "fastnn"])
+def test_steps_are_undone(module, name):
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    parameter.grad = torch.tensor([0.5, 3.0])
+    optimizer = getattr(module, name)([parameter], **optim.ARGUMENTS[name])
+    undo = harness.undo_steps(optimizer)
+    before = parameter.detach().clone()
+    optimizer.step()
+    first = parameter.detach().clone()
+    state = {key: entry for key, entry in optimizer.state[parameter].items() if isinstance(entry, torch.Tensor)}
+    undo()
+    assert torch.equal(parameter, before)
+    optimizer.step()
+    assert torch.equal(parameter, first)
+    assert all(optimizer.state[parameter][key] is entry for key, entry in state.items())
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or fastnn.dispatch.why_off("cuda", "adam", "cuda") is not None,
+    reason="CUDA graphs need a GPU, and the kernels for it",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["adam", "sgd", "train"])
+def test_graphs_of_a_step_are_right(name, dtype):
+    suite, layer = {**TINY, "train": (train, train.Layer(batch=4, size=32))}[name]
+    gpu = Settings(torch.device("cuda"), quick=True)
+    (case,) = suite.cases(layer, dtype, gpu)
+    graphs = [v for v in case.variants if "graph" in v.name and "compiled" not in v.name]
+    for result in measure(replace(case, variants=[case.variants[0], *graphs]), gpu):
+        assert not result.ours.wrong, result.ours
+        assert not any(t.wrong for t in result.native), result.native
+    assert {v.ours for v in graphs} == {False, True}
 
 
 def test_a_gpu_has_the_rows_that_its_figures_are_of():
