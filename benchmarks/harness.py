@@ -289,7 +289,12 @@ def native_calls() -> Iterator[list[str]]:
         dispatch.logger.removeHandler(handler)
 
 
-def _sample(run: Callable[[], Any], calls: int, device: torch.device) -> float:
+def calls_a_sample(seconds: float) -> int:
+    """Of a call that takes so long: as many as fill half a millisecond."""
+    return max(1, math.ceil(5e-4 / seconds))
+
+
+def sample(run: Callable[[], Any], calls: int, device: torch.device) -> float:
     """Seconds a call, over ``calls`` of them; what a call returns is freed inside the timed region."""
     start = time.perf_counter()
     for _ in range(calls):
@@ -305,8 +310,8 @@ def interleave(runs: Sequence[Callable[[], Any]], settings: Settings) -> list[li
     What else the machine does then hits all of them alike. A sample of a short call is several of them in a row.
     """
     device = settings.device
-    once = [min(_sample(run, 1, device) for _ in range(2)) for run in runs]
-    calls = [max(1, math.ceil(5e-4 / seconds)) for seconds in once]
+    once = [min(sample(run, 1, device) for _ in range(2)) for run in runs]
+    calls = [calls_a_sample(seconds) for seconds in once]
     a_round = sum(n * seconds for n, seconds in zip(calls, once, strict=True))
     fewest, most = settings.rounds
     samples: list[list[float]] = [[] for _ in runs]
@@ -315,7 +320,7 @@ def interleave(runs: Sequence[Callable[[], Any]], settings: Settings) -> list[li
     try:
         for _ in range(min(most, max(fewest, round(settings.seconds / a_round)))):
             for run, n, mine in zip(runs, calls, samples, strict=True):
-                mine.append(_sample(run, n, device))
+                mine.append(sample(run, n, device))
     finally:
         gc.enable()
     return samples
