@@ -20,14 +20,9 @@ ARGS ?=
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 EMULATION := $(shell find tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # For the GPU that is there alone, and nothing is installed: what is missing is said first, in one line.
-GPU_NEEDS = torch numpy setuptools pybind11 pytest hypothesis filelock tqdm matplotlib
-GPU_CHECK := import importlib.util, sys; \
-	lacks = [m for m in "$(GPU_NEEDS)".split() if importlib.util.find_spec(m) is None]; \
-	lacks and sys.exit("fastnn: $(GPU_PYTHON) lacks " + ", ".join(lacks)); \
-	import torch; torch.cuda.is_available() or sys.exit("fastnn: torch sees no GPU"); \
-	print("%d.%d" % torch.cuda.get_device_capability() + "a" * (torch.cuda.get_device_capability() == (9, 0)))
-BUILD_FOR_GPU = arch=$$($(GPU_PYTHON) -c '$(GPU_CHECK)') && \
-	FASTNN_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$arch} $(GPU_PYTHON) setup.py -q build_ext --inplace
+BUILD_FOR_GPU = arch=$$($(GPU_PYTHON) tests/check_gpu.py $(1)) && \
+	FASTNN_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$arch} $(GPU_PYTHON) setup.py -q build_ext --inplace && \
+	$(GPU_PYTHON) -c 'import sys; from fastnn.dispatch import CUDA_OFF; sys.exit(CUDA_OFF and "fastnn: " + CUDA_OFF)'
 missing = { echo "fastnn: $(1)" >&2; exit 1; }
 
 .PHONY: help demo test test-asan test-gpu wheel test-wheel lint bench bench-gpu clean
@@ -48,7 +43,7 @@ test-asan: $(VENV)/.built  ## build with AddressSanitizer and UBSan, and run the
 	@PYTHON=$(BIN)/python sh tests/asan.sh $(ARGS)
 
 test-gpu:  ## where python3 has a CUDA build of torch: build in place for it, and run the test suite there
-	@$(BUILD_FOR_GPU)
+	@$(call BUILD_FOR_GPU,pytest hypothesis expecttest filelock tqdm)
 	@$(GPU_PYTHON) -m pytest $(ARGS)
 
 wheel: $(VENV)/.built  ## build a wheel into dist/, and say what it needs of a system
@@ -69,7 +64,7 @@ bench: $(VENV)/.built  ## run every benchmark and rewrite its results, plots and
 	@$(BIN)/python -m benchmarks --json benchmarks/results/cpu.json --plot docs/benchmarks --readme $(ARGS)
 
 bench-gpu:  ## the same there on the GPU, into benchmarks/results/ under its name
-	@$(BUILD_FOR_GPU)
+	@$(call BUILD_FOR_GPU,tqdm PIL matplotlib)
 	@$(GPU_PYTHON) -m benchmarks --device cuda --dtype float32 --dtype bfloat16 --compile --plot docs/benchmarks/gpu $(ARGS) --json "benchmarks/results/$$($(GPU_PYTHON) -c \
 		'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
 

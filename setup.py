@@ -24,7 +24,6 @@ ROOT = Path(__file__).parent
 # torch 2.11's stable ABI. The format is 0xMMmmpp00...: 0x0210... would mean 2.16.
 STABLE_ABI = "0x020b000000000000"
 SANITIZE = os.environ.get("FASTNN_SANITIZE", "")
-ARCHITECTURES = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0a;10.0;12.0+PTX")
 
 
 def jobs() -> int:
@@ -47,10 +46,12 @@ def why_no_cuda(mode: str) -> str | None:
         cpp_extension.CUDA_HOME = next(found, None)
     if cpp_extension.CUDA_HOME is None:
         return "nvcc was not found (CUDA_HOME names its toolkit)"
+    nvcc = [f"{cpp_extension.CUDA_HOME}/bin/nvcc", "--version"]
+    version = re.search(r"release (\d+)\.(\d+)", subprocess.run(nvcc, capture_output=True, text=True).stdout)
+    old = version is not None and tuple(map(int, version.groups())) < (12, 8)  # it does not know 10.0 and 12.0
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9" + ("+PTX;9.0a" if old else ";9.0a;10.0;12.0+PTX"))
     if torch.version.cuda is None:
         return None if mode == "1" else "this torch is no CUDA build"
-    nvcc = [f"{cpp_extension.CUDA_HOME}/bin/nvcc", "--version"]
-    version = re.search(r"release (\d+)\.", subprocess.run(nvcc, capture_output=True, text=True).stdout)
     fits = version is not None and version[1] == torch.version.cuda.split(".")[0]
     return None if fits else f"{nvcc[0]} is of CUDA {version and version[1]}, torch of {torch.version.cuda}"
 
@@ -80,7 +81,7 @@ def cuda_extension(mode: str) -> CppExtension:
     return extension(
         "fastnn._C_cuda",
         ["common/*", "cuda/**/*"],
-        {"USE_CUDA": "1", "FASTNN_CUDA_ARCHITECTURES": f'"{ARCHITECTURES}"'},
+        {"USE_CUDA": "1", "FASTNN_CUDA_ARCHITECTURES": f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'},
         include_dirs=[f"{cpp_extension.CUDA_HOME}/include"],
         library_dirs=[f"{cpp_extension.CUDA_HOME}/lib64"],
         libraries=["cudart"] + ["torch_cuda"] * (torch.version.cuda is not None),
@@ -111,9 +112,8 @@ if __name__ == "__main__":
         sys.exit(f"fastnn: FASTNN_CUDA=1, but {no_cuda}")
     print(
         f"fastnn: torch {torch.__version__}, stable ABI 2.11, CPU kernels for avx512 + avx2 + generic (chosen at run "
-        f"time), CUDA kernels {'off: ' + no_cuda if no_cuda else 'for ' + ARCHITECTURES}, "
+        f"time), CUDA kernels {'off: ' + no_cuda if no_cuda else 'for ' + os.environ['TORCH_CUDA_ARCH_LIST']}, "
         f"{os.environ['MAX_JOBS']} jobs" + (f", sanitizers {SANITIZE}" if SANITIZE else "")
     )
-    macros = {"FASTNN_TORCH_VERSION": f'"{torch.__version__}"'}
-    extensions = [extension("fastnn._C", ["*", "common/*", "cpu/**/*"], macros)]
-    setup(ext_modules=extensions + ([] if no_cuda else [cuda_extension(mode)]), cmdclass={"build_ext": Build})
+    cpu = extension("fastnn._C", ["*", "common/*", "cpu/**/*"], {"FASTNN_TORCH_VERSION": f'"{torch.__version__}"'})
+    setup(ext_modules=[cpu] + ([] if no_cuda else [cuda_extension(mode)]), cmdclass={"build_ext": Build})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,39 @@ KERNEL = re.compile(
     r"Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
+
+
+@pytest.mark.parametrize(("release", "blackwell"), [("12.6", False), ("12.8", True), ("13.0", True)])
+def test_an_nvcc_is_asked_for_what_it_knows(release, blackwell, tmp_path, monkeypatch):
+    for file in ("bin/nvcc", "include/cuda.h"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    (tmp_path / "bin/nvcc").chmod(0o755)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    why_no_cuda = runpy.run_path(str(ROOT / "setup.py"))["why_no_cuda"]
+    why_no_cuda("1")
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0"  # the user's
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    why_no_cuda("1")
+    assert ("12.0" in os.environ["TORCH_CUDA_ARCH_LIST"]) == blackwell
+    assert "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]
+
+
+def lacking(*modules: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tests/check_gpu.py"), *modules]
+    return subprocess.run(command, env={**os.environ, **more}, capture_output=True, text=True, check=False)
+
+
+def test_what_a_gpu_build_lacks_is_said_in_one_line():
+    for done, says in (
+        (lacking("no_such_module", "nor_this"), "lacks no_such_module, nor_this"),
+        (lacking(CXX="no-such-compiler"), "no-such-compiler not found"),
+    ):
+        assert done.returncode == 1
+        assert says in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert lacking(CXX="sh", CUDA_VISIBLE_DEVICES="").returncode == 1  # here is no GPU, or none is to be seen
 
 
 def test_hot_kernels_use_no_local_memory():
