@@ -63,9 +63,9 @@ lint: $(VENV)/.built  ## ruff, mypy and clang-format
 bench: $(VENV)/.built  ## run every benchmark and rewrite its results, plots and the README's table
 	@$(BIN)/python -m benchmarks --json benchmarks/results/cpu.json --plot docs/benchmarks --readme $(ARGS)
 
-bench-gpu:  ## the same there on the GPU, into benchmarks/results/ under its name
+bench-gpu:  ## the same there on the GPU, into benchmarks/results/ under its name and the README's table of GPUs
 	@$(call BUILD_FOR_GPU,tqdm PIL matplotlib)
-	@$(GPU_PYTHON) -m benchmarks --device cuda --dtype float32 --dtype bfloat16 --compile --plot docs/benchmarks/gpu $(ARGS) --json "benchmarks/results/$$($(GPU_PYTHON) -c \
+	@$(GPU_PYTHON) -m benchmarks --device cuda --dtype float32 --dtype bfloat16 --compile --plot docs/benchmarks/gpu --readme $(ARGS) --json "benchmarks/results/$$($(GPU_PYTHON) -c \
 		'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
 
 clean:  ## remove what was built or written, but not .venv

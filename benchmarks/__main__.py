@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--thp", action="store_true", help=f"measure everything again under {THP}=1 and show both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write ratios.png and roofline.png into DIR")
-    parser.add_argument("--readme", action="store_true", help="rewrite the README's table")
+    parser.add_argument("--readme", action="store_true", help="rewrite the README's table: the CPU's or the GPU's")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE",
                         help="measure nothing: plots and README from an earlier --json")  # fmt: skip
     options = parser.parse_args(arguments)

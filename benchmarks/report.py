@@ -216,7 +216,7 @@ def headline(run: dict[str, Any], rows: Sequence[Row]) -> str | None:
     return (
         f"A training step of the {row.layer}, takes {_milliseconds(row.ours.median_ms)} ms where it imports fastnn, "
         f"and {_milliseconds(best.median_ms)} ms in the best of {len(row.native)} native configurations ({best.name}): "
-        f"**{ratio:.2f}x** ({machine['gpu'] or machine['cpu']}, {machine['threads']} threads, "
+        f"**{ratio:.2f}x** ({machine['cpu']}, {machine['threads']} threads, "
         f"torch {run['software']['torch']})."
     )
 
@@ -235,6 +235,10 @@ def replace_between(text: str, marker: str, content: str) -> str:
 
 
 def rewrite_readme(path: Path, run: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Puts the rows into the table of the CPU, and its training step into the headline, or into the GPU's table."""
+    if run["machine"]["gpu"]:
+        path.write_text(replace_between(path.read_text(), "gpu benchmarks", readme_tables(run, rows)))
+        return
     text = replace_between(path.read_text(), "benchmarks", readme_tables(run, rows))
     sentence = headline(run, rows)
     path.write_text(text if sentence is None else replace_between(text, "headline", sentence))

@@ -356,6 +356,24 @@ def test_readme_tables_show_losses_and_the_second_baseline(tmp_path):
     assert "takes 500 ms" in readme.read_text()
 
 
+def test_a_run_on_a_gpu_rewrites_its_own_table_alone(tmp_path):
+    parts = ["<!-- headline -->\nh\n<!-- /headline -->\n", "<!-- gpu benchmarks -->\n", "Not yet measured."]
+    parts += ["\n<!-- /gpu benchmarks -->\n<!-- benchmarks -->\nc\n<!-- /benchmarks -->\n"]
+    readme = tmp_path / "README.md"
+    readme.write_text("".join(parts))
+    run = run_facts()
+    step = row(3.0, "step", suite="train")
+    step.ours = replace(step.ours, name="fastnn cuda, imports changed")
+    gpu_run = {**run, "machine": {**run["machine"], "gpu": "a GPU"}}
+    report.rewrite_readme(readme, gpu_run, [step])
+    parts[2] = report.readme_tables(gpu_run, [step])
+    assert readme.read_text() == "".join(parts)
+    report.rewrite_readme(readme, run, [row()])
+    after = readme.read_text()
+    assert parts[2] in after
+    assert "\nc\n" not in after
+
+
 @pytest.mark.parametrize("text", ["", "<!-- m --> <!-- m --> <!-- /m -->", "<!-- /m --> <!-- m -->"])
 def test_missing_markers_are_an_error(text):
     with pytest.raises(ValueError, match="expected one <!-- m -->"):
@@ -364,7 +382,7 @@ def test_missing_markers_are_an_error(text):
 
 def test_the_readme_has_the_markers():
     text = (machine.ROOT / "README.md").read_text()
-    for marker in ("headline", "benchmarks"):
+    for marker in ("headline", "benchmarks", "gpu benchmarks"):
         report.replace_between(text, marker, "x")
 
 
