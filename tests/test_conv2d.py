@@ -281,12 +281,15 @@ def test_infinities_and_nans_reach_the_same_outputs(backend, case, dtype, op, da
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_overflow_and_underflow(backend, dtype):
-    """Sums that leave the dtype's range are infinite, and subnormal ones are kept, as the float64 sums rounded."""
+    """Sums that leave the dtype's range are infinite, and subnormal ones are kept, as the float64 sums rounded; but the
+    processor's products of bfloat16, which native torch has too, take subnormal numbers as 0."""
     finfo = torch.finfo(dtype)
     x = torch.tensor([finfo.max, -finfo.max, finfo.max / 2, finfo.tiny, finfo.tiny / 4], dtype=dtype)
     x = x.view(5, 1, 1, 1).expand(5, 1, 9, 19)
     w = torch.ones(3, 1, 1, 2, dtype=dtype)
     exact = native.conv2d(to_float64(x) / 4, to_float64(w)) * 4  # /4: float64 itself must not overflow here
+    if dtype is torch.bfloat16 and backend == "cpu-avx512_bf16":
+        exact[4] = 0
     assert_same(F.conv2d(x, w), exact.to(dtype), "output")
 
 

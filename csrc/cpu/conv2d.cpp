@@ -90,8 +90,8 @@ int64_t groups_together(const Problem& p, bool channels_contiguous) {
   return std::min(p.groups, ceil_div(16, std::min(p.group_channels, p.group_results)));
 }
 
-// Cuts a TapConv into tasks that fit the cache, and enough of them for the threads.
-void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
+// Cuts a TapConv of `depth` operands a result and tap into tasks that fit the cache, and enough of them for the threads.
+void plan(TapConv& p, int64_t depth, int64_t element, int64_t lanes, int64_t tile_results) {
   const int64_t threads = torch::stable::get_num_threads();
   const PoolShape& pool = p.result.pool;
   const int64_t most_rows = pool.kernel_h ? (pool.out_h - 1) * pool.stride_h + pool.kernel_h : p.rows;
@@ -103,7 +103,7 @@ void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
   const int64_t row_positions = p.planes.pitch;
   const auto fits = [&](int64_t rows, int64_t images) {
     set_block(p.planes, rows, images, lanes);
-    return p.block_groups * p.group_channels * p.planes.plane * element <= kPlanesBytes &&
+    return p.block_groups * depth * p.planes.plane * element <= kPlanesBytes &&
            p.panel * images * (rows + p.planes.halo_h) * row_positions * element <= kPanelBytes;
   };
   int64_t rows = most_rows;
@@ -126,11 +126,11 @@ void plan(TapConv& p, int64_t element, int64_t lanes, int64_t tile_results) {
     splits = ceil_div(p.group_results, p.block_results);
   }
   p.channel_blocks = ceil_div(p.groups, p.block_groups) * splits;
-  // A channel's operands of a tile: some three cache lines for every plane row that the taps read.
-  p.depth_channels = std::max<int64_t>(8, kDepthBytes / ((p.planes.halo_h + 1) * p.planes.phases * 192));
+  // An operand's part of a tile: some three cache lines for every plane row that the taps read.
+  p.block_depth = std::max<int64_t>(8, kDepthBytes / ((p.planes.halo_h + 1) * p.planes.phases * 192));
   const int64_t positions = images * (cut.block + p.planes.halo_h) * p.planes.pitch + 2 * lanes;
   p.scratch =
-      (p.num_taps + 8) * 8 + (p.block_groups * p.group_channels * p.planes.plane + p.panel * positions) * element;
+      (p.num_taps + 8) * 8 + (p.block_groups * depth * p.planes.plane + p.panel * positions) * element;
 }
 
 int64_t count_slices(const TapGrad& p, int64_t blocks, int64_t element) {
@@ -523,8 +523,9 @@ void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t,
   if (is_pointwise(p)) return run_pointwise(p, dtype, weight, strides);
   WinogradConv winograd = winograd_conv(p);
   if (is_winograd(winograd) && run_winograd(winograd, dtype, weight, strides)) return;
-  plan(p, element, kernels.lanes[element == 4], kernels.tile_results);
-  const Scratch<char> packed(p.groups * p.group_results * p.group_channels * p.num_taps * element);
+  const int64_t depth = ceil_div(p.group_channels, kernels.channels[dtype]);
+  plan(p, depth, element, kernels.lanes[element == 4], kernels.tile_results);
+  const Scratch<char> packed(p.groups * p.group_results * depth * p.num_taps * element);
   const int64_t blocks = p.groups * ceil_div(p.group_results, kernels.tile_results);
   torch::stable::parallel_for(
       0, blocks, std::max<int64_t>(1, 4096 / (p.group_channels * p.num_taps)), [&](int64_t begin, int64_t end) {

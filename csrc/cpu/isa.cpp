@@ -15,6 +15,7 @@ bool machine_has(Isa isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::kAvx512Bf16) return avx2 && avx512 && __builtin_cpu_supports("avx512bf16");
   if (isa == Isa::kAvx512) return avx2 && avx512;
   if (isa == Isa::kAvx2) return avx2;
 #endif
@@ -47,6 +48,8 @@ std::atomic<Isa>& current() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:
@@ -58,7 +61,7 @@ const char* isa_name(Isa isa) {
 
 std::vector<Isa> built_isas() {
 #if FASTNN_X86
-  return {Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
+  return {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
 #else
   return {Isa::kGeneric};
 #endif

@@ -6,7 +6,8 @@
 
 namespace fastnn::cpu {
 
-enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+// kAvx512Bf16 is kAvx512 with products of bfloat16: kernels that have no use for those are kAvx512's.
+enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 const char* isa_name(Isa isa);
 // Every tier that is compiled in, and of those the ones this machine can run; fastest first.

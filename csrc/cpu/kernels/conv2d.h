@@ -6,7 +6,8 @@
 //               splits the result into stride_h * stride_w phases, each a TapConv of the taps that reach it.
 //   TapGrad     weight_grad[m, c, t] = sum over n, y, x of out_grad[m, y, x] * plane[c, t](y, x)
 //
-// A plane is one channel of the source, padded, in the accumulator type: plane row i of phase (a, b) is source row
+// A plane is one channel of the source, padded, in the accumulator type (or a pair of channels, where the tier
+// multiplies those: Operand in vec.h): plane row i of phase (a, b) is source row
 // i * step_h + a - origin_h (columns alike), zero outside the source. A strided convolution's taps then read runs of
 // neighbours, whatever the stride, dilation and padding: tap t's operand at flat position p is plane[p + offset(t)].
 #pragma once
@@ -68,7 +69,7 @@ struct TapConv {
   int64_t image_blocks, row_blocks, channel_blocks;
   int64_t block_groups, block_results;
   int64_t panel;           // result channels kept in scratch until they are written
-  int64_t depth_channels;  // source channels reduced at a time: a tile's operands then fit the L1 cache
+  int64_t block_depth;     // operands reduced at a time: a tile's then fit the L1 cache
   int64_t scratch;         // bytes a thread needs
 
   int64_t tasks() const { return image_blocks * row_blocks * channel_blocks; }
@@ -127,6 +128,7 @@ struct TapGrad {
 
 struct ConvKernels {
   int lanes[2];      // of float64, float32 vectors
+  int channels[kNumDTypes];  // that are multiplied as one operand in TapConv
   int tile_results;  // the widest tile of TapConv: result channels ...
   int tile_vectors;  // ... and vectors of positions
   // Packs rows [begin, end) of m-blocks of a weight viewed as [group][m][c][tap] into the order the tiles read.

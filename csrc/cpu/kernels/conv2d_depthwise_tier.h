@@ -26,17 +26,10 @@ constexpr int64_t kColumns = 16;  // pixels whose products are summed before the
 
 // ---- reading a source ----
 
-template <class T>
-FASTNN_INLINE Vec<Accumulator<T>> load_lanes(const T* p, int lanes) {
-  return lanes == kLanes<Accumulator<T>> ? load(p) : load_n(p, lanes);
-}
-
 // A source vector; masked: where the ReLU output at `relu` lets it through.
 template <class T, bool masked>
 FASTNN_INLINE Vec<Accumulator<T>> load_source(const T* data, const T* relu, int lanes = kLanes<Accumulator<T>>) {
-  const Vec<Accumulator<T>> value = load_lanes(data, lanes), zero{};
-  if constexpr (!masked) return value;
-  return load_lanes(relu, lanes) <= zero ? zero : value;
+  return load_masked(data, masked ? relu : nullptr, lanes);
 }
 
 template <class T>
@@ -317,14 +310,6 @@ FASTNN_INLINE void add_column(const A* const* lines, int64_t at, int64_t step, c
       for (int k = 0; k < rows; ++k)
         if (line - k >= 0 && line - k < kRows) sum[line - k][i] += w[k] * value;
     }
-}
-
-template <class T>
-FASTNN_INLINE void store_lanes(T* p, Vec<Accumulator<T>> value, int64_t lanes) {
-  if (lanes >= kLanes<Accumulator<T>>)
-    store(p, value);
-  else if (lanes > 0)
-    store_n(p, value, int(lanes));
 }
 
 // Where a result's taps are read: `pixel` elements further on for each of its columns.

@@ -1,5 +1,6 @@
 #include "cpu/kernels/conv2d_pointwise.h"
 
+#define FASTNN_BF16_TIER 1
 #define FASTNN_TIER_SOURCE "cpu/kernels/conv2d_pointwise_tier.h"
 #include "cpu/kernels/for_each_tier.h"
 

@@ -27,18 +27,13 @@ constexpr int kTileResults = 4, kTilePairs = 3, kWideResults = 1;
 #endif
 constexpr int kTileVectors = 3, kWideVectors = 6;  // the latter of up to kWideResults result channels
 constexpr int64_t kShortDepth = 64;
-constexpr int64_t kReadChannels = 64;
+constexpr int64_t kReadOperands = 64;
 
 // ---- reading a source ----
 
-template <class A>
-FASTNN_INLINE void zero(A* p, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) p[i] = 0;
-}
-
-template <class T>
-FASTNN_INLINE Vec<Accumulator<T>> masked(Vec<Accumulator<T>> grad, Vec<Accumulator<T>> relu_output) {
-  return relu_output <= Vec<Accumulator<T>>{} ? Vec<Accumulator<T>>{} : grad;
+template <class P>
+FASTNN_INLINE void zero(P* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = P{};
 }
 
 FASTNN_INLINE const char* at(const void* data, int64_t index, int64_t size) {
@@ -49,79 +44,68 @@ FASTNN_INLINE int64_t offset4(const Strides4& s, int64_t n, int64_t c, int64_t h
   return n * s.n + c * s.c + h * s.h + w * s.w;
 }
 
-// `rows` rows of one channel, y_step apart from row y on, into plane rows `pitch` apart: from column x on, every
-// x_step-th element into dst[0, count). May write a vector past `count`. The next channel's rows are prefetched: a run
-// reads less of a plane than a hardware prefetcher needs to see.
-template <class T>
-void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t y, int64_t y_step, int64_t rows, int64_t x,
-                int64_t x_step, int64_t count, Accumulator<T>* dst, int64_t pitch) {
-  using A = Accumulator<T>;
-  constexpr int L = kLanes<A>;
+// `rows` rows of operands of channel c on, of which `channels` are left, y_step apart from row y on, into plane rows
+// `pitch` apart: from column x on, every x_step-th element into dst[0, count). May write a vector past `count`. The next
+// channels' rows are prefetched: a run reads less of a plane than a hardware prefetcher needs to see.
+template <class T, class P>
+void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t channels, int64_t y, int64_t y_step, int64_t rows,
+                int64_t x, int64_t x_step, int64_t count, P* dst, int64_t pitch) {
+  constexpr int L = kLanes<P>;
   const T* src = static_cast<const T*>(s.data) + offset4(s.stride, n, c, y, x);
-  const int64_t step = s.stride.w * x_step, row_step = s.stride.h * y_step, tail = count % L;
+  const int64_t step = s.stride.w * x_step, row_step = s.stride.h * y_step;
   const T* relu = static_cast<const T*>(s.relu_output);
-  const int64_t relu_step = s.relu_stride.w * x_step, relu_row_step = s.relu_stride.h * y_step;
+  const int64_t relu_step = s.relu_stride.w * x_step, relu_row_step = relu ? s.relu_stride.h * y_step : 0;
   if (relu) relu += offset4(s.relu_stride, n, c, y, x);
-  Mask<A> even;
-  for (int k = 0; k < L; ++k) even[k] = 2 * k;
-  for (int64_t row = 0; row < rows; ++row, src += row_step, dst += pitch, relu += relu ? relu_row_step : 0) {
+  for (int64_t row = 0; row < rows; ++row, src += row_step, dst += pitch, relu += relu_row_step) {
     int64_t i = 0;
-    if (step == 1 && !relu) {
-      for (; i + L <= count; i += L) {
-        __builtin_prefetch(src + i + s.stride.c);
-        store(dst + i, load(src + i));
+    if (step == 1 && (!relu || relu_step == 1)) {
+      for (; i < count; i += L) {
+        for (int k = kChannelsOf<P>; k < 2 * kChannelsOf<P>; ++k) {
+          __builtin_prefetch(src + i + k * s.stride.c);
+          if (relu) __builtin_prefetch(relu + i + k * s.relu_stride.c);
+        }
+        store(dst + i, load_operands<T, P>(src + i, s.stride.c, relu ? relu + i : nullptr, s.relu_stride.c, channels,
+                                           int(least(L, count - i))));
       }
-      if (tail) store(dst + i, load_n(src + i, int(tail)));
-    } else if (step == 1 && relu_step == 1) {
-      for (; i + L <= count; i += L) {
-        __builtin_prefetch(src + i + s.stride.c);
-        __builtin_prefetch(relu + i + s.relu_stride.c);
-        store(dst + i, masked<T>(load(src + i), load(relu + i)));
-      }
-      if (tail) store(dst + i, masked<T>(load_n(src + i, int(tail)), load_n(relu + i, int(tail))));
     } else {
-      // The even elements of two vectors; the last one read is before the next one wanted, so never past the row.
       if (step == 2 && !relu)
-        for (; i + L < count; i += L) store(dst + i, __builtin_shuffle(load(src + 2 * i), load(src + 2 * i + L), even));
-      for (; i < count; ++i) {
-        const A value = to_accumulator(src[i * step]);
-        dst[i] = relu && to_accumulator(relu[i * relu_step]) <= 0 ? A(0) : value;
-      }
+        for (; i + L <= count; i += L) {
+          const Vec<Accumulator<T>> even = load_even(src + 2 * i, L);
+          if constexpr (kChannelsOf<P> == 2)
+            store(dst + i, pairs(even, channels > 1 ? load_even(src + 2 * i + s.stride.c, L) : FloatVec{}));
+          else
+            store(dst + i, even);
+        }
+      for (; i < count; ++i)
+        dst[i] = operand<T, P>(src + i * step, s.stride.c, relu ? relu + i * relu_step : nullptr, s.relu_stride.c,
+                               channels);
     }
   }
 }
 
-// `lanes` neighbours, masked by those of `relu` where it is given.
-template <class T>
-FASTNN_INLINE Vec<Accumulator<T>> read_lanes(const T* src, const T* relu, int lanes) {
-  const bool full = lanes == kLanes<Accumulator<T>>;
-  const Vec<Accumulator<T>> value = full ? load(src) : load_n(src, lanes);
-  return relu ? masked<T>(value, full ? load(relu) : load_n(relu, lanes)) : value;
-}
-
-// A row of `channels` channels at once (same overrun), channel c at dst + c * plane: a source whose channels are
+// A row of `channels` channels at once (same overrun), operand d at dst + d * plane: a source whose channels are
 // contiguous. Runs of channels that are few enough for their lines at dst to stay in the L1 cache until they are full.
-template <class T>
+template <class T, class P>
 void read_rows(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int64_t y, int64_t x, int64_t step,
-               int64_t count, Accumulator<T>* dst, int64_t plane) {
-  using A = Accumulator<T>;
-  constexpr int L = kLanes<A>;
+               int64_t count, P* dst, int64_t plane) {
+  constexpr int L = kLanes<P>;
   const T* src = static_cast<const T*>(s.data) + offset4(s.stride, n, c0, y, x);
   const T* relu = static_cast<const T*>(s.relu_output);
   if (relu) relu += offset4(s.relu_stride, n, c0, y, x);
-  const int64_t src_step = step * s.stride.w, relu_step = step * s.relu_stride.w;
-  for (int64_t run = 0; run < channels; run += kReadChannels)
+  const int64_t src_step = step * s.stride.w, relu_step = step * s.relu_stride.w, depth = operands<P>(channels);
+  for (int64_t run = 0; run < depth; run += kReadOperands)
     for (int64_t i = 0; i < count; i += L) {
       const int length = int(least(L, count - i));
-      for (int64_t c = run; c < least(channels, run + kReadChannels); c += L) {
-        const int width = int(least(L, channels - c));
-        Vec<A> rows[L];
+      for (int64_t d = run; d < least(depth, run + kReadOperands); d += L) {
+        const int64_t c = d * kChannelsOf<P>;
+        const int width = int(least(L * kChannelsOf<P>, channels - c));
+        Vec<P> rows[L];
         for (int j = 0; j < L; ++j)
-          rows[j] = j < length ? read_lanes(src + (i + j) * src_step + c,
-                                            relu ? relu + (i + j) * relu_step + c : nullptr, width)
-                               : Vec<A>{};
-        transpose<A>(rows);
-        for (int j = 0; j < width; ++j) store(dst + (c + j) * plane + i, rows[j]);
+          rows[j] = j < length ? load_neighbours<T, P>(src + (i + j) * src_step + c,
+                                                       relu ? relu + (i + j) * relu_step + c : nullptr, width)
+                               : Vec<P>{};
+        transpose<P>(rows);
+        for (int j = 0; j < operands<P>(width); ++j) store(dst + (d + j) * plane + i, rows[j]);
       }
     }
 }
@@ -140,7 +124,7 @@ void read_pixels(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, i
     Accumulator<T>* to = dst;
     for (int64_t run = 0; run < channels; run += width, to += run_pitch)
       for (int64_t c = run; c < least(channels, run + width); c += L)
-        store(to + c - run, read_lanes(src + c, relu ? relu + c : nullptr, int(least(L, channels - c))));
+        store(to + c - run, load_masked(src + c, relu ? relu + c : nullptr, int(least(L, channels - c))));
   }
 }
 
@@ -165,11 +149,11 @@ FASTNN_INLINE bool channels_contiguous(const ConvSource& s) {
   return s.stride.c == 1 && s.stride.w != 1 && (!s.relu_output || s.relu_stride.c == 1);
 }
 
-// Packs `channels` planes of `block`. Source rows from `end_row` on count as outside.
-template <class T>
+// Packs the planes of operands of `channels` channels of `block`. Source rows from `end_row` on count as outside.
+template <class T, class P>
 void pack_planes(const ConvSource& s, const Planes& p, const Block& block, int64_t end_row, int64_t c0,
-                 int64_t channels, Accumulator<T>* planes) {
-  using A = Accumulator<T>;
+                 int64_t channels, P* planes) {
+  const int64_t depth = operands<P>(channels);
   const int64_t phase_size = p.plane / p.phases, plane_rows = block.rows + p.halo_h;
   const bool by_channel = channels > 1 && channels_contiguous(s);
   for (int64_t phase = 0; phase < p.phases; ++phase) {
@@ -180,20 +164,20 @@ void pack_planes(const ConvSource& s, const Planes& p, const Block& block, int64
     const int64_t below = most(above, least(plane_rows, base < end_row ? ceil_div(end_row - base, p.step_h) : 0));
     const int64_t y = base + above * p.step_h, inside = below - above;
     // In the source's own order: plane after plane, or row after row where a pixel's channels are neighbours.
-    const int64_t together = by_channel ? channels : 1;
-    for (int64_t c = 0; c < channels; c += together)
+    const int64_t together = by_channel ? depth : 1;
+    for (int64_t d = 0; d < depth; d += together)
       for (int64_t image = 0; image < block.images; ++image) {
-        A* plane = planes + c * p.plane + phase * phase_size + image * block.pitch_image;
-        A* rows = plane + above * p.pitch;
+        P* plane = planes + d * p.plane + phase * phase_size + image * block.pitch_image;
+        P* rows = plane + above * p.pitch;
         if (by_channel)
           for (int64_t i = 0; i < inside; ++i)
-            read_rows<T>(s, block.n + image, c0, channels, y + i * p.step_h, x, p.step_w, last - first,
+            read_rows<T, P>(s, block.n + image, c0, channels, y + i * p.step_h, x, p.step_w, last - first,
                          rows + i * p.pitch + first, p.plane);
         else
-          read_plane<T>(s, block.n + image, c0 + c, y, p.step_h, inside, x, p.step_w, last - first, rows + first,
-                        p.pitch);
+          read_plane<T, P>(s, block.n + image, c0 + d * kChannelsOf<P>, channels - d * kChannelsOf<P>, y, p.step_h,
+                           inside, x, p.step_w, last - first, rows + first, p.pitch);
         for (int64_t k = 0; k < together; ++k) {
-          A* padded = plane + k * p.plane;
+          P* padded = plane + k * p.plane;
           zero(padded, above * p.pitch);
           for (int64_t i = above; i < below; ++i) {
             zero(padded + i * p.pitch, first);
@@ -203,7 +187,7 @@ void pack_planes(const ConvSource& s, const Planes& p, const Block& block, int64
         }
       }
     const int64_t used = (block.images - 1) * block.pitch_image + plane_rows * p.pitch;
-    for (int64_t c = 0; c < channels; ++c) zero(planes + c * p.plane + phase * phase_size + used, phase_size - used);
+    for (int64_t d = 0; d < depth; ++d) zero(planes + d * p.plane + phase * phase_size + used, phase_size - used);
   }
 }
 
@@ -214,33 +198,33 @@ FASTNN_INLINE int64_t tap_offset(const Planes& p, const Tap& tap) {
 // ---- forward and input gradient ----
 
 // What all tiles of a task share.
-template <class A>
 struct TileSetting {
   int64_t plane, taps, out_pitch;
   const int64_t* offsets;
   bool first, last, relu;  // first: start from the bias, else from `out`; last: apply ReLU
 };
 
-template <class A, int MR, int NV>
-FASTNN_INLINE void tile(const TileSetting<A>& s, const A* planes, int64_t channels, const A* weight, const A* bias,
-                        A* out) {
+template <class P, int MR, int NV>
+FASTNN_INLINE void tile(const TileSetting& s, const P* planes, int64_t depth, const P* weight, const Accumulator<P>* bias,
+                        Accumulator<P>* out) {
+  using A = Accumulator<P>;
   Vec<A> sum[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 6
     for (int v = 0; v < NV; ++v)
       sum[m][v] = s.first ? splat(bias ? bias[m] : A(0)) : load(out + m * s.out_pitch + v * kLanes<A>);
-  for (int64_t c = 0; c < channels; ++c, planes += s.plane)
+  for (int64_t d = 0; d < depth; ++d, planes += s.plane)
     for (int64_t t = 0; t < s.taps; ++t, weight += MR) {
-      const A* operand = planes + s.offsets[t];
-      Vec<A> b[NV];
+      const P* operand = planes + s.offsets[t];
+      Vec<P> b[NV];
 #pragma GCC unroll 6
-      for (int v = 0; v < NV; ++v) b[v] = load(operand + v * kLanes<A>);
+      for (int v = 0; v < NV; ++v) b[v] = load(operand + v * kLanes<P>);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
-        const Vec<A> a = splat(weight[m]);
+        const Vec<P> a = splat(weight[m]);
 #pragma GCC unroll 6
-        for (int v = 0; v < NV; ++v) sum[m][v] += a * b[v];
+        for (int v = 0; v < NV; ++v) sum[m][v] = multiply_add(a, b[v], sum[m][v]);
       }
     }
   if (s.last && s.relu) {
@@ -259,57 +243,58 @@ FASTNN_INLINE void tile(const TileSetting<A>& s, const A* planes, int64_t channe
 FASTNN_INLINE int64_t tile_vectors(int64_t left) { return left == 4 ? 2 : least(kTileVectors, left); }
 
 // Positions [0, count) of MR result channels.
-template <class A, int MR>
-void tiles(const TileSetting<A>& s, const A* planes, int64_t channels, const A* weight, const A* bias, A* out,
-           int64_t count) {
-  for (int64_t left = ceil_div(count, kLanes<A>); left > 0;) {
+template <class P, int MR>
+void tiles(const TileSetting& s, const P* planes, int64_t depth, const P* weight, const Accumulator<P>* bias,
+           Accumulator<P>* out, int64_t count) {
+  for (int64_t left = ceil_div(count, kLanes<P>); left > 0;) {
     // Few result channels: more vectors instead, to have enough sums to hide an FMA's latency.
     constexpr bool wide = MR <= kWideResults;
     const int64_t vectors = wide && left >= kWideVectors ? kWideVectors : tile_vectors(left);
     if (vectors == kWideVectors)
-      tile<A, wide ? MR : 1, kWideVectors>(s, planes, channels, weight, bias, out);
+      tile<P, wide ? MR : 1, kWideVectors>(s, planes, depth, weight, bias, out);
     else if (vectors == 3)
-      tile<A, MR, 3>(s, planes, channels, weight, bias, out);
+      tile<P, MR, 3>(s, planes, depth, weight, bias, out);
     else if (vectors == 2)
-      tile<A, MR, 2>(s, planes, channels, weight, bias, out);
+      tile<P, MR, 2>(s, planes, depth, weight, bias, out);
     else
-      tile<A, MR, 1>(s, planes, channels, weight, bias, out);
-    left -= vectors, planes += vectors * kLanes<A>, out += vectors * kLanes<A>;
+      tile<P, MR, 1>(s, planes, depth, weight, bias, out);
+    left -= vectors, planes += vectors * kLanes<P>, out += vectors * kLanes<P>;
   }
 }
 
 // The widest tile of result channels that still fits `rest`: 8 (AVX-512), 4, 3, 2 or 1.
 FASTNN_INLINE int tile_results(int64_t rest) { return rest >= kTileResults ? kTileResults : int(least(rest, 4)); }
 
-template <class A>
-FASTNN_INLINE void tiles_of(int results, const TileSetting<A>& s, const A* planes, int64_t channels, const A* weight,
-                            const A* bias, A* out, int64_t count) {
+template <class P>
+FASTNN_INLINE void tiles_of(int results, const TileSetting& s, const P* planes, int64_t depth, const P* weight,
+                            const Accumulator<P>* bias, Accumulator<P>* out, int64_t count) {
 #if FASTNN_VECTOR_BYTES == 64
-  if (results == 8) return tiles<A, 8>(s, planes, channels, weight, bias, out, count);
+  if (results == 8) return tiles<P, 8>(s, planes, depth, weight, bias, out, count);
 #endif
-  if (results == 4) return tiles<A, 4>(s, planes, channels, weight, bias, out, count);
-  if (results == 3) return tiles<A, 3>(s, planes, channels, weight, bias, out, count);
-  if (results == 2) return tiles<A, 2>(s, planes, channels, weight, bias, out, count);
-  return tiles<A, 1>(s, planes, channels, weight, bias, out, count);
+  if (results == 4) return tiles<P, 4>(s, planes, depth, weight, bias, out, count);
+  if (results == 3) return tiles<P, 3>(s, planes, depth, weight, bias, out, count);
+  if (results == 2) return tiles<P, 2>(s, planes, depth, weight, bias, out, count);
+  return tiles<P, 1>(s, planes, depth, weight, bias, out, count);
 }
 
 template <class T>
 void pack_weight(const TapConv& p, const void* weight_, const int64_t* strides, void* packed_, int64_t begin,
                  int64_t end) {
-  using A = Accumulator<T>;
+  using P = Operand<T>;
   const T* weight = static_cast<const T*>(weight_);
-  const int64_t depth = p.group_channels * p.num_taps, blocks = ceil_div(p.group_results, kTileResults);
+  const int64_t depth = operands<P>(p.group_channels) * p.num_taps, blocks = ceil_div(p.group_results, kTileResults);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t group = index / blocks, first = index % blocks * kTileResults;
     const int64_t last = least(first + kTileResults, p.group_results);
     for (int64_t m = first; m < last;) {
       const int width = tile_results(last - m);
-      A* packed = static_cast<A*>(packed_) + (group * p.group_results + m) * depth;
-      for (int64_t c = 0; c < p.group_channels; ++c)
-        for (int64_t t = 0; t < p.num_taps; ++t)
+      P* packed = static_cast<P*>(packed_) + (group * p.group_results + m) * depth;
+      for (int64_t c = 0; c < p.group_channels; c += kChannelsOf<P>)
+        for (int64_t t = 0; t < p.num_taps; ++t) {
+          const T* from = weight + group * strides[0] + c * strides[2] + p.taps[t].weight;
           for (int i = 0; i < width; ++i)
-            *packed++ =
-                to_accumulator(weight[group * strides[0] + (m + i) * strides[1] + c * strides[2] + p.taps[t].weight]);
+            *packed++ = operand<T, P>(from + (m + i) * strides[1], strides[2], nullptr, 0, p.group_channels - c);
+        }
       m += width;
     }
   }
@@ -448,13 +433,16 @@ FASTNN_INLINE Block block_of(const Planes& planes, const PoolShape& pool, bool p
 template <class T>
 void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
+  using P = Operand<T>;
   constexpr int64_t L = kLanes<A>;
   const Planes& planes = p.planes;
   int64_t* offsets = static_cast<int64_t*>(scratch_);
   for (int64_t t = 0; t < p.num_taps; ++t) offsets[t] = tap_offset(planes, p.taps[t]);
-  A* packed = reinterpret_cast<A*>(offsets + ceil_div(p.num_taps, 8) * 8);
-  A* panel = packed + p.block_groups * p.group_channels * planes.plane;
-  const int64_t depth = p.group_channels * p.num_taps;
+  P* packed = reinterpret_cast<P*>(offsets + ceil_div(p.num_taps, 8) * 8);
+  const int64_t depth = operands<P>(p.group_channels);
+  A* panel = reinterpret_cast<A*>(packed + p.block_groups * depth * planes.plane);
+  // Groups whose channels do not fill their operands are packed one by one.
+  const int64_t groups_together = p.group_channels % kChannelsOf<P> ? 1 : p.block_groups;
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t channel_block = task % p.channel_blocks, rest = task / p.channel_blocks;
@@ -466,8 +454,9 @@ void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
     const int64_t groups = least(p.block_groups, p.groups - group);
     const int64_t m_begin = group * p.group_results + channel_block % splits * p.block_results;
     const int64_t m_end = least(m_begin + p.block_groups * p.block_results, (group + groups) * p.group_results);
-    pack_planes<T>(p.source, planes, block, p.source.height, group * p.group_channels, groups * p.group_channels,
-                   packed);
+    for (int64_t g = 0; g < groups; g += groups_together)
+      pack_planes<T, P>(p.source, planes, block, p.source.height, (group + g) * p.group_channels,
+                        least(groups_together, groups - g) * p.group_channels, packed + g * depth * planes.plane);
 
     // One run of positions, or one an image where that takes fewer vectors.
     const int64_t image_run = (block.rows - 1) * planes.pitch + p.cols;
@@ -480,25 +469,24 @@ void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
       // A panel is some whole groups, or part of one: weights are packed group by group.
       const int64_t limit = p.panel < p.group_results ? (m0 / p.group_results + 1) * p.group_results : m_end;
       m1 = least(m0 + p.panel, least(limit, m_end));
-      for (int64_t c0 = 0; c0 < p.group_channels; c0 += p.depth_channels) {
-        const int64_t channels = least(p.depth_channels, p.group_channels - c0);
-        const TileSetting<A> setting{
-            planes.plane, p.num_taps, pitch, offsets, c0 == 0, c0 + channels == p.group_channels, p.relu};
+      for (int64_t d0 = 0; d0 < depth; d0 += p.block_depth) {
+        const int64_t d1 = least(depth, d0 + p.block_depth);
+        const TileSetting setting{planes.plane, p.num_taps, pitch, offsets, d0 == 0, d1 == depth, p.relu};
         for (int64_t r = 0; r < runs; ++r) {
           const int64_t start = r * block.pitch_image, stop = start + run_length;
           for (int64_t at = start, count; at < stop; at += count) {
             // A tile's operands stay in the L1 cache while all of the panel's weights pass by. A short reduction, or
             // one tile of results, is not worth the way around: it takes all positions at once.
             const int64_t left = ceil_div(stop - at, L);
-            const bool at_once = p.group_channels * p.num_taps < kShortDepth || m1 - m0 <= kWideResults;
+            const bool at_once = depth * p.num_taps < kShortDepth || m1 - m0 <= kWideResults;
             count = (at_once ? left : tile_vectors(left)) * L;
             for (int64_t m = m0; m < m1;) {
               const int64_t g = m / p.group_results;
               const int width = tile_results(least(m1, (g + 1) * p.group_results) - m);
-              const A* weight = static_cast<const A*>(p.weight) + m * depth + c0 * p.num_taps * width;
+              const P* weight = static_cast<const P*>(p.weight) + (m * depth + d0 * width) * p.num_taps;
               const A* bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
-              const A* source = packed + ((g - group) * p.group_channels + c0) * planes.plane + at;
-              tiles_of(width, setting, source, channels, weight, bias, panel + (m - m0) * pitch + at, count);
+              const P* source = packed + ((g - group) * depth + d0) * planes.plane + at;
+              tiles_of(width, setting, source, d1 - d0, weight, bias, panel + (m - m0) * pitch + at, count);
               m += width;
             }
           }
@@ -551,8 +539,8 @@ void pack_positions(const ConvSource& s, const Planes& p, const Block& block, in
               continue;
             }
             zero(dst, columns.first);
-            read_plane<T>(s, block.n + image, c0 + c + k, y, 1, 1, columns.x, p.step_w, columns.last - columns.first,
-                          dst + columns.first, pitch);
+            read_plane<T, A>(s, block.n + image, c0 + c + k, 1, y, 1, 1, columns.x, p.step_w,
+                             columns.last - columns.first, dst + columns.first, pitch);
             zero(dst + columns.last, pitch - columns.last);
           }
           for (int64_t j = 0; j < p.pitch; j += L) {
@@ -790,7 +778,7 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
         A* row = grads + grad_runs * grad_width * grad_planes.plane;
         pack_positions<T>(p.grad, grad_planes, block, first, count, grad_width, grads, row);
         if (result_lanes) {
-          pack_planes<T>(p.source, planes, block, p.source.height, source_channel, channels, packed);
+          pack_planes<T, A>(p.source, planes, block, p.source.height, source_channel, channels, packed);
           for (int64_t m = 0; m < count; m += grad_width)
             outer_rows(packed, offsets, channels * p.num_taps, int64_t(1), grads + m * grad_planes.plane, grad_width,
                        least(grad_width, count - m), block, p.cols, planes.pitch,
@@ -813,8 +801,8 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
                     grad_width, p.cols, bias_sums + m, least(grad_width, count - m));
         continue;
       }
-      pack_planes<T>(p.source, planes, block, p.source.height, source_channel, groups * channels, packed);
-      pack_planes<T>(p.grad, grad_planes, block, block.row + block.rows, first, groups * count, grads);
+      pack_planes<T, A>(p.source, planes, block, p.source.height, source_channel, groups * channels, packed);
+      pack_planes<T, A>(p.grad, grad_planes, block, block.row + block.rows, first, groups * count, grads);
       const int64_t whole = (block.images - 1) * block.pitch_image + (block.rows - 1) * planes.pitch + p.cols;
       // Between the rows the gradient's planes are zero, so the block is one long row, unless the source has an inf or
       // NaN there to multiply.
@@ -876,6 +864,7 @@ void widen(const void* in, int64_t stride, void* out, int64_t count) {
 #define FASTNN_ALL_DTYPES(function) {function<double>, function<float>, function<bf16>, function<f16>}
 const ConvKernels kConvKernels = {
     {kLanes<double>, kLanes<float>},
+    {1, 1, kChannelsOf<Operand<bf16>>, 1},
     kTileResults,
     kTileVectors,
     FASTNN_ALL_DTYPES(pack_weight),

@@ -19,33 +19,13 @@ FASTNN_INLINE WindowSide inside(int64_t origin, int64_t kernel, int64_t dilation
   return {origin < 0 ? ceil_div(-origin, dilation) : 0, least(kernel, ceil_div(size - origin, dilation))};
 }
 
-template <class T>
-FASTNN_INLINE Vec<Accumulator<T>> load_lanes(const T* p, int lanes) {
-  return lanes == kLanes<Accumulator<T>> ? load(p) : load_n(p, lanes);
-}
-template <class T>
-FASTNN_INLINE void store_lanes(T* p, Vec<Accumulator<T>> v, int lanes) {
-  if (lanes == kLanes<Accumulator<T>>)
-    store(p, v);
-  else
-    store_n(p, v, lanes);
-}
-
 // Lane i, of the first `lanes`, is p[i * stride].
 template <int stride, class T>
 FASTNN_INLINE Vec<Accumulator<T>> load_strided(const T* p, int64_t any_stride, int lanes) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   if constexpr (stride == 1) return load_lanes(p, lanes);
-  if constexpr (stride == 2) {
-    // The second vector begins with the first one's last element, to end at the last lane's: memory may end there.
-    const int elements = 2 * lanes - 1;
-    const Vec<A> low = load_lanes(p, int(least(L, elements)));
-    const Vec<A> high = elements < L ? low : load_lanes(p + L - 1, elements - (L - 1));
-    Mask<A> every_second;
-    for (int i = 0; i < L; ++i) every_second[i] = 2 * i < L ? 2 * i : 2 * i + 1;
-    return __builtin_shuffle(low, high, every_second);
-  }
+  if constexpr (stride == 2) return load_even(p, lanes);
   Vec<A> v{};
   for (int i = 0; i < lanes; ++i) v[i] = to_accumulator(p[i * any_stride]);
   return v;
@@ -173,24 +153,6 @@ void max_pool_planes(const MaxPool2dShape& any, const void* x_, void* y_, uint8_
   max_pool_planes_strided<0>(s, x, y, code, begin, end);
 }
 
-// Codes, a lane each; the lanes after the first ones have none.
-template <class A>
-FASTNN_INLINE Mask<A> load_codes(const uint8_t* p, int lanes) {
-  constexpr int L = kLanes<A>;
-#if FASTNN_VECTOR_BYTES == 64
-  if constexpr (L == 16)
-    return (Int32Vec)_mm512_cvtepu8_epi32(
-        _mm_mask_loadu_epi8(_mm_set1_epi8(char(kPoolNone)), __mmask16((1u << lanes) - 1), p));
-#endif
-  typedef uint8_t Bytes __attribute__((vector_size(L)));
-  uint8_t padded[L];
-  if (lanes < L)
-    for (int i = 0; i < L; ++i) padded[i] = i < lanes ? p[i] : kPoolNone;
-  Bytes bytes;
-  __builtin_memcpy(&bytes, lanes < L ? padded : p, L);
-  return __builtin_convertvector(bytes, Mask<A>);
-}
-
 // Two rows of a plane's gradient from one of its 2 x 2 windows' side by side.
 template <class T>
 FASTNN_INLINE void spread_row(const T* grad_y, const uint8_t* code, T* grad_x, int64_t in_w, int64_t out_w) {
@@ -201,12 +163,12 @@ FASTNN_INLINE void spread_row(const T* grad_y, const uint8_t* code, T* grad_x, i
   for (int64_t ox = 0; ox < out_w; ox += L) {
     const int lanes = int(least(L, out_w - ox));
     const Vec<A> grad = load_lanes(grad_y + ox, lanes), zero{};
-    const Mask<A> element = load_codes<A>(code + ox, lanes);
+    const Mask<A> element = load_bytes_n<A>(code + ox, lanes, kPoolNone);
     for (int i = 0; i < 2; ++i) {
       const Vec<A> left = element == 2 * i ? grad : zero, right = element == 2 * i + 1 ? grad : zero;
       T* to = grad_x + i * in_w + 2 * ox;
-      store_lanes(to, __builtin_shuffle(left, right, low), int(least(L, 2 * lanes)));
-      if (2 * lanes > L) store_lanes(to + L, __builtin_shuffle(left, right, high), 2 * lanes - L);
+      store_lanes(to, __builtin_shuffle(left, right, low), 2 * lanes);
+      store_lanes(to + L, __builtin_shuffle(left, right, high), 2 * lanes - L);
     }
   }
   if (2 * out_w < in_w)
@@ -313,7 +275,7 @@ void max_pool_pixels_backward(const MaxPool2dShape& s, const MaxPool2dSide& rows
         for (int k = 0; k < count; ++k) {
           const int64_t at = outputs[k] + c;
           const Vec<A> grad = load_lanes(grad_y + at, lanes);
-          sum += load_codes<A>(codes + at, lanes) == elements[k] ? grad : Vec<A>{};
+          sum += load_bytes_n<A>(codes + at, lanes, kPoolNone) == elements[k] ? grad : Vec<A>{};
         }
         store_lanes(grad_x + c, sum, lanes);
       }

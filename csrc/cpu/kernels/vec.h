@@ -82,6 +82,10 @@ FASTNN_INLINE FloatVec load(const f16* p) {
 FASTNN_INLINE void store(float* p, FloatVec v) { __builtin_memcpy(p, &v, sizeof v); }
 FASTNN_INLINE void store(double* p, DoubleVec v) { __builtin_memcpy(p, &v, sizeof v); }
 FASTNN_INLINE void store(bf16* p, FloatVec v) {
+#if FASTNN_BF16_PRODUCTS
+  // Subnormals become 0, as in the products.
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
   const UInt32Vec bits = (UInt32Vec)v;
   const UInt32Vec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const UInt32Vec nan = bits >> 16 | 0x40;
@@ -92,6 +96,7 @@ FASTNN_INLINE void store(bf16* p, FloatVec v) {
 #else
   const HalfBitsVec half = __builtin_convertvector(word, HalfBitsVec);
   __builtin_memcpy(p, &half, sizeof half);
+#endif
 #endif
 }
 FASTNN_INLINE void store(f16* p, FloatVec v) {
@@ -118,7 +123,7 @@ FASTNN_INLINE void store_bytes(uint8_t* p, Int32Vec v) {
 FASTNN_INLINE void store_bytes(uint8_t* p, Int64Vec v) {
   for (int i = 0; i < kLanes<double>; ++i) p[i] = uint8_t(v[i]);
 }
-// Of the first n (0 <= n <= lanes).
+// The first n (0 <= n <= lanes) of them.
 FASTNN_INLINE void store_bytes_n(uint8_t* p, Int32Vec v, int n) {
   if (n == kLanes<float>) return store_bytes(p, v);
 #if FASTNN_VECTOR_BYTES == 64
@@ -131,6 +136,23 @@ FASTNN_INLINE void store_bytes_n(uint8_t* p, Int32Vec v, int n) {
 }
 FASTNN_INLINE void store_bytes_n(uint8_t* p, Int64Vec v, int n) {
   for (int i = 0; i < n; ++i) p[i] = uint8_t(v[i]);
+}
+
+template <class A>
+FASTNN_INLINE Mask<A> load_bytes_n(const uint8_t* p, int n, uint8_t others) {
+  constexpr int L = kLanes<A>;
+#if FASTNN_VECTOR_BYTES == 64
+  if constexpr (L == 16)
+    return (Int32Vec)_mm512_cvtepu8_epi32(
+        _mm_mask_loadu_epi8(_mm_set1_epi8(char(others)), __mmask16((1u << n) - 1), p));
+#endif
+  typedef uint8_t Bytes __attribute__((vector_size(L)));
+  uint8_t padded[L];
+  if (n < L)
+    for (int i = 0; i < L; ++i) padded[i] = i < n ? p[i] : others;
+  Bytes bytes;
+  __builtin_memcpy(&bytes, n < L ? padded : p, L);
+  return __builtin_convertvector(bytes, Mask<A>);
 }
 
 // The first n (0 <= n <= lanes) elements; the other lanes are zero, and their memory is not touched.
@@ -193,6 +215,147 @@ FASTNN_INLINE void store_n(T* p, Vec<Accumulator<T>> v, int n) {
   T lanes[kLanes<Accumulator<T>>];
   store(lanes, v);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// The first `lanes` of a vector; stored are all of them where that is more than there are, and none where it is less.
+template <class T>
+FASTNN_INLINE Vec<Accumulator<T>> load_lanes(const T* p, int lanes) {
+  return lanes == kLanes<Accumulator<T>> ? load(p) : load_n(p, lanes);
+}
+template <class T>
+FASTNN_INLINE void store_lanes(T* p, Vec<Accumulator<T>> v, int64_t lanes) {
+  if (lanes >= kLanes<Accumulator<T>>)
+    store(p, v);
+  else if (lanes > 0)
+    store_n(p, v, int(lanes));
+}
+// Every second element, of the first `lanes` lanes. The second vector begins with the first one's last element, to end
+// at the last lane's: memory may end there.
+template <class T>
+FASTNN_INLINE Vec<Accumulator<T>> load_even(const T* p, int lanes) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  const int elements = 2 * lanes - 1;
+  const Vec<A> low = load_lanes(p, int(least(L, elements)));
+  const Vec<A> high = elements < L ? low : load_lanes(p + L - 1, elements - (L - 1));
+  Mask<A> even;
+  for (int i = 0; i < L; ++i) even[i] = 2 * i < L ? 2 * i : 2 * i + 1;
+  return __builtin_shuffle(low, high, even);
+}
+
+// A gradient's lanes; where the output of a ReLU at `relu`, unless that is null, is not positive, zero.
+template <class T>
+FASTNN_INLINE Vec<Accumulator<T>> load_masked(const T* p, const T* relu, int lanes) {
+  const Vec<Accumulator<T>> value = load_lanes(p, lanes), zero{};
+  return relu ? (load_lanes(relu, lanes) <= zero ? zero : value) : value;
+}
+
+// ---- operands: what a convolution multiplies, channel by channel ----
+
+// The elements of two channels, whose products one instruction adds to a float.
+struct Bf16Pair {
+  bf16 even, odd;
+};
+template <>
+struct VecOf<Bf16Pair> {
+  using type = UInt32Vec;
+  using mask = Int32Vec;
+};
+
+template <class T>
+struct OperandOf {
+  using type = Accumulator<T>;
+};
+#if FASTNN_BF16_PRODUCTS
+template <>
+struct OperandOf<bf16> {
+  using type = Bf16Pair;
+};
+#endif
+template <class T>
+using Operand = typename OperandOf<T>::type;
+
+// Channels in an operand P, and operands of so many channels; the last one of an odd number has a zero.
+template <class P>
+constexpr int kChannelsOf = 1;
+template <>
+constexpr int kChannelsOf<Bf16Pair> = 2;
+template <class P>
+FASTNN_INLINE int64_t operands(int64_t channels) {
+  return ceil_div(channels, kChannelsOf<P>);
+}
+
+template <class V>
+FASTNN_INLINE V multiply_add(V a, V b, V sum) {
+  return a * b + sum;
+}
+
+FASTNN_INLINE UInt32Vec load(const Bf16Pair* p) {
+  UInt32Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTNN_INLINE void store(Bf16Pair* p, UInt32Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+FASTNN_INLINE UInt32Vec splat(Bf16Pair value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits + UInt32Vec{};
+}
+#if FASTNN_VECTOR_BYTES == 64
+FASTNN_INLINE void store_lanes(Bf16Pair* p, UInt32Vec v, int64_t lanes) {
+  store_lanes(reinterpret_cast<float*>(p), (FloatVec)v, lanes);
+}
+#endif
+#if FASTNN_BF16_PRODUCTS
+// Subnormal elements, products and sums count as 0.
+FASTNN_INLINE FloatVec multiply_add(UInt32Vec a, UInt32Vec b, FloatVec sum) {
+  return (FloatVec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+FASTNN_INLINE UInt32Vec pairs(FloatVec even, FloatVec odd) {
+  return (UInt32Vec)even >> 16 | (UInt32Vec)odd;  // of bfloat16, whose low halves are zero
+}
+
+// The operand of channels `step` apart from p on, of which `count` are left; where the output of a ReLU at `relu`,
+// unless that is null, is not positive, zero.
+template <class T, class P>
+FASTNN_INLINE P operand(const T* p, int64_t step, const T* relu, int64_t relu_step, int64_t count) {
+  const bool first = count > 0 && !(relu && to_accumulator(relu[0]) <= 0);
+  if constexpr (kChannelsOf<P> == 2) {
+    const bool second = count > 1 && !(relu && to_accumulator(relu[relu_step]) <= 0);
+    return {first ? p[0] : T{}, second ? p[step] : T{}};
+  } else {
+    return first ? to_accumulator(p[0]) : P{};
+  }
+}
+
+// A vector of them: its lanes are neighbours.
+template <class T, class P>
+FASTNN_INLINE Vec<P> load_operands(const T* p, int64_t step, const T* relu, int64_t relu_step, int64_t count,
+                                   int lanes) {
+  const Vec<Accumulator<T>> even = load_masked(p, relu, lanes);
+  if constexpr (kChannelsOf<P> == 2)
+    return pairs(even, count > 1 ? load_masked(p + step, relu ? relu + relu_step : nullptr, lanes) : FloatVec{});
+  else
+    return even;
+}
+
+// Likewise where channels are neighbours, `channels` of them at the most.
+template <class T, class P>
+FASTNN_INLINE Vec<P> load_neighbours(const T* p, const T* relu, int channels) {
+#if FASTNN_BF16_PRODUCTS
+  if constexpr (kChannelsOf<P> == 2) {
+    const __mmask32 first = __mmask32((uint64_t(1) << channels) - 1);
+    const __m512i v = _mm512_maskz_loadu_epi16(first, p);
+    if (!relu) return (UInt32Vec)v;
+    const __m512i y = _mm512_maskz_loadu_epi16(first, relu), zero = _mm512_setzero_si512();
+    const __m512i magnitude = _mm512_and_si512(y, _mm512_set1_epi16(0x7fff));
+    const __mmask32 nan = _mm512_cmpgt_epi16_mask(magnitude, _mm512_set1_epi16(0x7f80));
+    return (UInt32Vec)_mm512_maskz_mov_epi16(_mm512_cmpgt_epi16_mask(y, zero) | nan, v);
+  } else
+#endif
+    return load_masked(p, relu, channels);
 }
 
 // ---- arithmetic ----
