@@ -91,7 +91,7 @@ def test_no_instruction_set_leaks():
     die with SIGILL, on machines without them."""
     if "avx2" not in _C.built_isas():
         pytest.skip("this architecture has one tier")
-    used = {"avx512": 0, "avx2": 0}
+    used = {"avx512_bf16": 0, "avx512": 0, "avx2": 0}
     leaks = []
     for name, instructions in disassembly():
         tier = next((t for t in used if f"::{t}::" in name), None)
@@ -104,6 +104,8 @@ def test_no_instruction_set_leaks():
             if found := re.search(r".*(%zmm\d|%k[0-7]\b).*", text):
                 leaks.append(f"{name}: {found[0]}")
         else:
-            used["avx512"] += "%zmm" in text
+            used[tier] += "%zmm" in text
+            if tier == "avx512" and (found := re.search(r"v(dpbf16|cvtne).*", text)):
+                leaks.append(f"{name}: {found[0]}")
     assert not leaks, "\n".join(leaks)
     assert min(used.values()) > 10, used

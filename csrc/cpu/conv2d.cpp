@@ -138,10 +138,10 @@ int64_t count_slices(const TapGrad& p, int64_t blocks, int64_t element) {
   return std::min({blocks, ceil_div(kGradTasks, p.channel_blocks), std::max<int64_t>(1, kSliceBytes / weights)});
 }
 
-void plan(TapGrad& p, int64_t element, int64_t lanes) {
+void plan(TapGrad& p, int64_t terms, int64_t element, int64_t lanes) {
   p.form = p.group_channels >= 2 * lanes ? GradForm::channel_lanes
            : p.group_results >= 2 * lanes &&
-                   (p.cols < lanes || (contiguous_along(&Strides4::c, p.grad) && p.grad.stride.w != 1))
+                   (p.cols < lanes || terms > 1 || (contiguous_along(&Strides4::c, p.grad) && p.grad.stride.w != 1))
                ? GradForm::result_lanes
                : GradForm::position_lanes;
   p.block_groups =
@@ -523,7 +523,7 @@ void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t,
   if (is_pointwise(p)) return run_pointwise(p, dtype, weight, strides);
   WinogradConv winograd = winograd_conv(p);
   if (is_winograd(winograd) && run_winograd(winograd, dtype, weight, strides)) return;
-  const int64_t depth = ceil_div(p.group_channels, kernels.channels[dtype]);
+  const int64_t depth = ceil_div(p.group_channels, kernels.terms[dtype]);
   plan(p, depth, element, kernels.lanes[element == 4], kernels.tile_results);
   const Scratch<char> packed(p.groups * p.group_results * depth * p.num_taps * element);
   const int64_t blocks = p.groups * ceil_div(p.group_results, kernels.tile_results);
@@ -688,7 +688,7 @@ void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource
   if (plan_depthwise(p, dtype, depthwise)) {
     sum([&] { return run_depthwise(p, depthwise, dtype), true; });
   } else if (!plan_winograd(p, dtype, winograd) || !sum([&] { return run_winograd(p, dtype, winograd); })) {
-    plan(p, element, kernels.lanes[element == 4]);
+    plan(p, kernels.terms[dtype], element, kernels.lanes[element == 4]);
     sum([&] { return run_tasks(p, kernels.run_grad[dtype]), true; });
   }
 }

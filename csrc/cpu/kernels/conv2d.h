@@ -128,7 +128,7 @@ struct TapGrad {
 
 struct ConvKernels {
   int lanes[2];      // of float64, float32 vectors
-  int channels[kNumDTypes];  // that are multiplied as one operand in TapConv
+  int terms[kNumDTypes];  // of a sum that are multiplied as one operand
   int tile_results;  // the widest tile of TapConv: result channels ...
   int tile_vectors;  // ... and vectors of positions
   // Packs rows [begin, end) of m-blocks of a weight viewed as [group][m][c][tap] into the order the tiles read.

@@ -96,7 +96,7 @@ void pack_points_weight(const TapConv& p, int64_t width, const void* weight_, co
     P* packed = static_cast<P*>(packed_) + block * width * depth;
     for (int64_t d = 0; d < depth; ++d)
       for (int64_t k = 0; k < width; ++k, ++packed) {
-        const int64_t m = block * width + k, c = d * kChannelsOf<P>;
+        const int64_t m = block * width + k, c = d * kTermsOf<P>;
         const int64_t count = m < p.group_results ? p.group_channels - c : 0;
         *packed = operand<T, P>(weight + m * strides[1] + c * strides[2], strides[2], nullptr, 0, count);
       }
@@ -109,7 +109,7 @@ FASTNN_INLINE void copy_pixel(const T* from, const T* relu, int64_t channels, Op
   using P = Operand<T>;
   constexpr int L = kLanes<P>;
   for (int64_t d = 0; d < operands<P>(channels); d += L) {
-    const int64_t c = d * kChannelsOf<P>, count = least(L * kChannelsOf<P>, channels - c);
+    const int64_t c = d * kTermsOf<P>, count = least(L * kTermsOf<P>, channels - c);
     const Vec<P> value = load_neighbours<T, P>(from + c, relu ? relu + c : nullptr, int(count));
     store_lanes(to + d, value, operands<P>(count));
   }
@@ -141,12 +141,12 @@ void run_points_by_channel(const TapConv& p, void* scratch, int64_t begin, int64
   const int64_t channels = p.group_channels, depth = operands<P>(channels);
   const int64_t step = p.planes.step_w * p.source.stride.w, relu_step = p.planes.step_w * p.source.relu_stride.w;
   const int64_t most_points = most(kRows, kPointBytes / (depth * int64_t(sizeof(P))) / kRows * kRows);
-  const bool in_place = sizeof(P) == kChannelsOf<P> * sizeof(T) && !p.source.relu_output &&
-                        channels % kChannelsOf<P> == 0 && step % kChannelsOf<P> == 0;
+  const bool in_place = sizeof(P) == kTermsOf<P> * sizeof(T) && !p.source.relu_output &&
+                        channels % kTermsOf<P> == 0 && step % kTermsOf<P> == 0;
   P* const copied = static_cast<P*>(scratch);
   RowTile<T> b;
   b.depth = depth, b.result_pitch = p.result.stride.w, b.relu = p.relu;
-  b.row_pitch = in_place ? step / kChannelsOf<P> : depth;
+  b.row_pitch = in_place ? step / kTermsOf<P> : depth;
   for (int64_t task = begin; task < end; ++task) {
     const PointRow<T> row(p, ceil_div(p.group_results, kWidth), task);
     for (int64_t x = 0; x < p.cols; x += most_points) {
@@ -186,7 +186,7 @@ void run_points_by_column(const TapConv& p, void* scratch, int64_t begin, int64_
     for (int64_t x = 0; x < p.cols; x += most_points) {
       const int64_t count = least(most_points, p.cols - x);
       for (int64_t d = 0; d < depth; ++d) {
-        const int64_t c = d * kChannelsOf<P>;
+        const int64_t c = d * kTermsOf<P>;
         const T* source = row.source + c * p.source.stride.c + x;
         const T* relu = row.relu ? row.relu + c * p.source.relu_stride.c + x : nullptr;
         for (int64_t i = 0; i < count; i += L)

@@ -60,7 +60,7 @@ void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t channels, int
     int64_t i = 0;
     if (step == 1 && (!relu || relu_step == 1)) {
       for (; i < count; i += L) {
-        for (int k = kChannelsOf<P>; k < 2 * kChannelsOf<P>; ++k) {
+        for (int k = kTermsOf<P>; k < 2 * kTermsOf<P>; ++k) {
           __builtin_prefetch(src + i + k * s.stride.c);
           if (relu) __builtin_prefetch(relu + i + k * s.relu_stride.c);
         }
@@ -71,7 +71,7 @@ void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t channels, int
       if (step == 2 && !relu)
         for (; i + L <= count; i += L) {
           const Vec<Accumulator<T>> even = load_even(src + 2 * i, L);
-          if constexpr (kChannelsOf<P> == 2)
+          if constexpr (kTermsOf<P> == 2)
             store(dst + i, pairs(even, channels > 1 ? load_even(src + 2 * i + s.stride.c, L) : FloatVec{}));
           else
             store(dst + i, even);
@@ -97,8 +97,8 @@ void read_rows(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int
     for (int64_t i = 0; i < count; i += L) {
       const int length = int(least(L, count - i));
       for (int64_t d = run; d < least(depth, run + kReadOperands); d += L) {
-        const int64_t c = d * kChannelsOf<P>;
-        const int width = int(least(L * kChannelsOf<P>, channels - c));
+        const int64_t c = d * kTermsOf<P>;
+        const int width = int(least(L * kTermsOf<P>, channels - c));
         Vec<P> rows[L];
         for (int j = 0; j < L; ++j)
           rows[j] = j < length ? load_neighbours<T, P>(src + (i + j) * src_step + c,
@@ -174,7 +174,7 @@ void pack_planes(const ConvSource& s, const Planes& p, const Block& block, int64
             read_rows<T, P>(s, block.n + image, c0, channels, y + i * p.step_h, x, p.step_w, last - first,
                          rows + i * p.pitch + first, p.plane);
         else
-          read_plane<T, P>(s, block.n + image, c0 + d * kChannelsOf<P>, channels - d * kChannelsOf<P>, y, p.step_h,
+          read_plane<T, P>(s, block.n + image, c0 + d * kTermsOf<P>, channels - d * kTermsOf<P>, y, p.step_h,
                            inside, x, p.step_w, last - first, rows + first, p.pitch);
         for (int64_t k = 0; k < together; ++k) {
           P* padded = plane + k * p.plane;
@@ -289,7 +289,7 @@ void pack_weight(const TapConv& p, const void* weight_, const int64_t* strides, 
     for (int64_t m = first; m < last;) {
       const int width = tile_results(last - m);
       P* packed = static_cast<P*>(packed_) + (group * p.group_results + m) * depth;
-      for (int64_t c = 0; c < p.group_channels; c += kChannelsOf<P>)
+      for (int64_t c = 0; c < p.group_channels; c += kTermsOf<P>)
         for (int64_t t = 0; t < p.num_taps; ++t) {
           const T* from = weight + group * strides[0] + c * strides[2] + p.taps[t].weight;
           for (int i = 0; i < width; ++i)
@@ -442,7 +442,7 @@ void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
   const int64_t depth = operands<P>(p.group_channels);
   A* panel = reinterpret_cast<A*>(packed + p.block_groups * depth * planes.plane);
   // Groups whose channels do not fill their operands are packed one by one.
-  const int64_t groups_together = p.group_channels % kChannelsOf<P> ? 1 : p.block_groups;
+  const int64_t groups_together = p.group_channels % kTermsOf<P> ? 1 : p.block_groups;
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t channel_block = task % p.channel_blocks, rest = task / p.channel_blocks;
@@ -558,30 +558,55 @@ void pack_positions(const ConvSource& s, const Planes& p, const Block& block, in
   }
 }
 
+// Sums of products are taken over positions, the terms of an operand: every element becomes the operand that begins with
+// it, in place, the next term being `step` elements further on.
+template <class A, class P>
+const P* join_positions(A* p, int64_t count, int64_t step) {
+  if constexpr (kTermsOf<P> == 2)
+    for (int64_t i = 0; i < count; i += kLanes<A>)
+      store(reinterpret_cast<P*>(p + i), pairs(load(p + i), load(p + i + step)));
+  return reinterpret_cast<const P*>(p);
+}
+
+// The last positions of a row, where they do not fill an operand.
+FASTNN_INLINE UInt32Vec first_term(UInt32Vec v) { return v & 0xffff; }
+
 // sums[m][l] += sum over the block's output positions of rows[offsets[m] + position * step] * lanes[position][l], for
 // MR rows and NV vectors of lanes.
-template <class A, int MR, int NV>
-void outer_tile(const A* rows, const int64_t* offsets, int64_t step, const A* lanes, int64_t width, const Block& block,
-                int64_t cols, int64_t pitch, A* sums, int64_t sums_pitch, int tail) {
+template <class P, int MR, int NV>
+void outer_tile(const P* rows, const int64_t* offsets, int64_t step, const P* lanes, int64_t width, const Block& block,
+                int64_t cols, int64_t pitch, Accumulator<P>* sums, int64_t sums_pitch, int tail) {
+  using A = Accumulator<P>;
+  constexpr int kTerms = kTermsOf<P>;
   Vec<A> sum[MR][NV] = {};
-  const A* from[MR];
+  const P* from[MR];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) from[m] = rows + offsets[m];
   for (int64_t image = 0; image < block.images; ++image)
     for (int64_t row = 0; row < block.rows; ++row) {
       const int64_t at = image * block.pitch_image + row * pitch;
-      const A* x = lanes + at * width;
-      for (int64_t i = at * step; i < (at + cols) * step; i += step, x += width) {
-        Vec<A> b[NV];
+      const P* x = lanes + at * width;
+      int64_t i = at * step;
+      for (const int64_t end = (at + cols / kTerms * kTerms) * step; i < end; i += kTerms * step, x += kTerms * width) {
+        Vec<P> b[NV];
 #pragma GCC unroll 6
-        for (int v = 0; v < NV; ++v) b[v] = load(x + v * kLanes<A>);
+        for (int v = 0; v < NV; ++v) b[v] = load(x + v * kLanes<P>);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) {
-          const Vec<A> a = splat(from[m][i]);
+          const Vec<P> a = splat(from[m][i]);
 #pragma GCC unroll 6
-          for (int v = 0; v < NV; ++v) sum[m][v] += a * b[v];
+          for (int v = 0; v < NV; ++v) sum[m][v] = multiply_add(a, b[v], sum[m][v]);
         }
       }
+      if constexpr (kTerms == 2)
+        if (cols % 2)
+#pragma GCC unroll 8
+          for (int m = 0; m < MR; ++m) {
+            const Vec<P> a = first_term(splat(from[m][i]));
+#pragma GCC unroll 6
+            for (int v = 0; v < NV; ++v)
+              sum[m][v] = multiply_add(a, first_term(load(x + v * kLanes<P>)), sum[m][v]);
+          }
     }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
@@ -593,39 +618,40 @@ void outer_tile(const A* rows, const int64_t* offsets, int64_t step, const A* la
     }
 }
 
-template <class A, int MR>
-FASTNN_INLINE void outer_tiles(const A* rows, const int64_t* offsets, int64_t step, const A* lanes, int64_t width,
-                               int64_t count, const Block& block, int64_t cols, int64_t pitch, A* sums,
+template <class P, int MR>
+FASTNN_INLINE void outer_tiles(const P* rows, const int64_t* offsets, int64_t step, const P* lanes, int64_t width,
+                               int64_t count, const Block& block, int64_t cols, int64_t pitch, Accumulator<P>* sums,
                                int64_t sums_pitch) {
-  const int vectors = int(ceil_div(count, kLanes<A>)), tail = int(count - (vectors - 1) * kLanes<A>);
+  const int vectors = int(ceil_div(count, kLanes<P>)), tail = int(count - (vectors - 1) * kLanes<P>);
   if (vectors == 3)
-    outer_tile<A, MR, 3>(rows, offsets, step, lanes, width, block, cols, pitch, sums, sums_pitch, tail);
+    outer_tile<P, MR, 3>(rows, offsets, step, lanes, width, block, cols, pitch, sums, sums_pitch, tail);
   else if (vectors == 2)
-    outer_tile<A, MR, 2>(rows, offsets, step, lanes, width, block, cols, pitch, sums, sums_pitch, tail);
+    outer_tile<P, MR, 2>(rows, offsets, step, lanes, width, block, cols, pitch, sums, sums_pitch, tail);
   else
-    outer_tile<A, MR, 1>(rows, offsets, step, lanes, width, block, cols, pitch, sums, sums_pitch, tail);
+    outer_tile<P, MR, 1>(rows, offsets, step, lanes, width, block, cols, pitch, sums, sums_pitch, tail);
 }
 
 // All of `num_rows` rows against `count` <= width lanes.
-template <class A>
-void outer_rows(const A* rows, const int64_t* offsets, int64_t num_rows, int64_t step, const A* lanes, int64_t width,
-                int64_t count, const Block& block, int64_t cols, int64_t pitch, A* sums, int64_t sums_pitch) {
+template <class P>
+void outer_rows(const P* rows, const int64_t* offsets, int64_t num_rows, int64_t step, const P* lanes, int64_t width,
+                int64_t count, const Block& block, int64_t cols, int64_t pitch, Accumulator<P>* sums,
+                int64_t sums_pitch) {
   for (int64_t m = 0; m < num_rows;) {
-    A* out = sums + m * sums_pitch;
+    Accumulator<P>* out = sums + m * sums_pitch;
     const int results = tile_results(num_rows - m);
 #if FASTNN_VECTOR_BYTES == 64
     if (results == 8)
-      outer_tiles<A, 8>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+      outer_tiles<P, 8>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
     else
 #endif
         if (results == 4)
-      outer_tiles<A, 4>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+      outer_tiles<P, 4>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
     else if (results == 3)
-      outer_tiles<A, 3>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+      outer_tiles<P, 3>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
     else if (results == 2)
-      outer_tiles<A, 2>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+      outer_tiles<P, 2>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
     else
-      outer_tiles<A, 1>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+      outer_tiles<P, 1>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
     m += results;
   }
 }
@@ -728,6 +754,7 @@ void add_positions(const A* grads, int64_t width, int64_t cols, A* sums, int64_t
 template <class T>
 void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
+  using P = Operand<T>;
   constexpr int64_t kWidth = kTileVectors * kLanes<A>;
   const Planes& planes = p.planes;
   const bool channel_lanes = p.form == GradForm::channel_lanes, result_lanes = p.form == GradForm::result_lanes;
@@ -777,21 +804,6 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
         const int64_t grad_runs = ceil_div(count, grad_width);
         A* row = grads + grad_runs * grad_width * grad_planes.plane;
         pack_positions<T>(p.grad, grad_planes, block, first, count, grad_width, grads, row);
-        if (result_lanes) {
-          pack_planes<T, A>(p.source, planes, block, p.source.height, source_channel, channels, packed);
-          for (int64_t m = 0; m < count; m += grad_width)
-            outer_rows(packed, offsets, channels * p.num_taps, int64_t(1), grads + m * grad_planes.plane, grad_width,
-                       least(grad_width, count - m), block, p.cols, planes.pitch,
-                       sums + c0 * p.num_taps * p.group_results + m0 + m, p.group_results);
-        } else {
-          const int64_t width = lanes_together<A>(channels);
-          pack_positions<T>(p.source, planes, block, source_channel, channels, width, packed, row);
-          for (int64_t c = 0; c < channels; c += width)
-            for (int64_t t = 0; t < p.num_taps; ++t)
-              outer_rows(grads, result_offsets, count, grad_width, packed + c * planes.plane + offsets[t] * width,
-                         width, least(width, channels - c), block, p.cols, planes.pitch,
-                         sums + m0 * sums_pitch + t * p.group_channels + c0 + c, sums_pitch);
-        }
         if (bias_sums)
           for (int64_t m = 0; m < count; m += grad_width)
             for (int64_t image = 0; image < block.images; ++image)
@@ -799,6 +811,24 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
                 add_positions(
                     grads + m * grad_planes.plane + (image * block.pitch_image + i * planes.pitch) * grad_width,
                     grad_width, p.cols, bias_sums + m, least(grad_width, count - m));
+        const P* grad = join_positions<A, P>(grads, grad_runs * grad_width * grad_planes.plane, grad_width);
+        if (result_lanes) {
+          pack_planes<T, A>(p.source, planes, block, p.source.height, source_channel, channels, packed);
+          const P* source = join_positions<A, P>(packed, channels * planes.plane, 1);
+          for (int64_t m = 0; m < count; m += grad_width)
+            outer_rows(source, offsets, channels * p.num_taps, int64_t(1), grad + m * grad_planes.plane, grad_width,
+                       least(grad_width, count - m), block, p.cols, planes.pitch,
+                       sums + c0 * p.num_taps * p.group_results + m0 + m, p.group_results);
+        } else {
+          const int64_t width = lanes_together<A>(channels);
+          pack_positions<T>(p.source, planes, block, source_channel, channels, width, packed, row);
+          const P* source = join_positions<A, P>(packed, ceil_div(channels, width) * width * planes.plane, width);
+          for (int64_t c = 0; c < channels; c += width)
+            for (int64_t t = 0; t < p.num_taps; ++t)
+              outer_rows(grad, result_offsets, count, grad_width, source + c * planes.plane + offsets[t] * width, width,
+                         least(width, channels - c), block, p.cols, planes.pitch,
+                         sums + m0 * sums_pitch + t * p.group_channels + c0 + c, sums_pitch);
+        }
         continue;
       }
       pack_planes<T, A>(p.source, planes, block, p.source.height, source_channel, groups * channels, packed);
@@ -864,7 +894,7 @@ void widen(const void* in, int64_t stride, void* out, int64_t count) {
 #define FASTNN_ALL_DTYPES(function) {function<double>, function<float>, function<bf16>, function<f16>}
 const ConvKernels kConvKernels = {
     {kLanes<double>, kLanes<float>},
-    {1, 1, kChannelsOf<Operand<bf16>>, 1},
+    {1, 1, kTermsOf<Operand<bf16>>, 1},
     kTileResults,
     kTileVectors,
     FASTNN_ALL_DTYPES(pack_weight),

@@ -250,9 +250,9 @@ FASTNN_INLINE Vec<Accumulator<T>> load_masked(const T* p, const T* relu, int lan
   return relu ? (load_lanes(relu, lanes) <= zero ? zero : value) : value;
 }
 
-// ---- operands: what a convolution multiplies, channel by channel ----
+// ---- operands: what a convolution multiplies, term by term of its sums ----
 
-// The elements of two channels, whose products one instruction adds to a float.
+// Two terms' elements, whose products one instruction adds to a float.
 struct Bf16Pair {
   bf16 even, odd;
 };
@@ -275,14 +275,14 @@ struct OperandOf<bf16> {
 template <class T>
 using Operand = typename OperandOf<T>::type;
 
-// Channels in an operand P, and operands of so many channels; the last one of an odd number has a zero.
+// Terms in an operand P, and operands of so many terms; the last one of an odd number has a zero.
 template <class P>
-constexpr int kChannelsOf = 1;
+constexpr int kTermsOf = 1;
 template <>
-constexpr int kChannelsOf<Bf16Pair> = 2;
+constexpr int kTermsOf<Bf16Pair> = 2;
 template <class P>
-FASTNN_INLINE int64_t operands(int64_t channels) {
-  return ceil_div(channels, kChannelsOf<P>);
+FASTNN_INLINE int64_t operands(int64_t terms) {
+  return ceil_div(terms, kTermsOf<P>);
 }
 
 template <class V>
@@ -317,12 +317,12 @@ FASTNN_INLINE UInt32Vec pairs(FloatVec even, FloatVec odd) {
   return (UInt32Vec)even >> 16 | (UInt32Vec)odd;  // of bfloat16, whose low halves are zero
 }
 
-// The operand of channels `step` apart from p on, of which `count` are left; where the output of a ReLU at `relu`,
+// The operand of terms `step` apart from p on, of which `count` are left; where the output of a ReLU at `relu`,
 // unless that is null, is not positive, zero.
 template <class T, class P>
 FASTNN_INLINE P operand(const T* p, int64_t step, const T* relu, int64_t relu_step, int64_t count) {
   const bool first = count > 0 && !(relu && to_accumulator(relu[0]) <= 0);
-  if constexpr (kChannelsOf<P> == 2) {
+  if constexpr (kTermsOf<P> == 2) {
     const bool second = count > 1 && !(relu && to_accumulator(relu[relu_step]) <= 0);
     return {first ? p[0] : T{}, second ? p[step] : T{}};
   } else {
@@ -335,18 +335,18 @@ template <class T, class P>
 FASTNN_INLINE Vec<P> load_operands(const T* p, int64_t step, const T* relu, int64_t relu_step, int64_t count,
                                    int lanes) {
   const Vec<Accumulator<T>> even = load_masked(p, relu, lanes);
-  if constexpr (kChannelsOf<P> == 2)
+  if constexpr (kTermsOf<P> == 2)
     return pairs(even, count > 1 ? load_masked(p + step, relu ? relu + relu_step : nullptr, lanes) : FloatVec{});
   else
     return even;
 }
 
-// Likewise where channels are neighbours, `channels` of them at the most.
+// A vector whose terms are all neighbours, `count` of them at the most.
 template <class T, class P>
-FASTNN_INLINE Vec<P> load_neighbours(const T* p, const T* relu, int channels) {
+FASTNN_INLINE Vec<P> load_neighbours(const T* p, const T* relu, int count) {
 #if FASTNN_BF16_PRODUCTS
-  if constexpr (kChannelsOf<P> == 2) {
-    const __mmask32 first = __mmask32((uint64_t(1) << channels) - 1);
+  if constexpr (kTermsOf<P> == 2) {
+    const __mmask32 first = __mmask32((uint64_t(1) << count) - 1);
     const __m512i v = _mm512_maskz_loadu_epi16(first, p);
     if (!relu) return (UInt32Vec)v;
     const __m512i y = _mm512_maskz_loadu_epi16(first, relu), zero = _mm512_setzero_si512();
@@ -355,7 +355,7 @@ FASTNN_INLINE Vec<P> load_neighbours(const T* p, const T* relu, int channels) {
     return (UInt32Vec)_mm512_maskz_mov_epi16(_mm512_cmpgt_epi16_mask(y, zero) | nan, v);
   } else
 #endif
-    return load_masked(p, relu, channels);
+    return load_masked(p, relu, count);
 }
 
 // ---- arithmetic ----
