@@ -491,37 +491,70 @@ bool run_winograd(const TapGrad& p, DType dtype, WinogradGrad& g) {
   return run_finite_tasks(g, kernels.run_grad[dtype]);
 }
 
-// Not where the result reaches past the source.
-bool is_pointwise(const TapConv& p) {
-  return p.groups == 1 && p.num_taps == 1 && p.planes.origin_h == 0 && p.planes.origin_w == 0 &&
-         (p.rows - 1) * p.planes.step_h < p.source.height && (p.cols - 1) * p.planes.step_w < p.source.width &&
-         !p.result.pool_code &&
-         ((contiguous_along(&Strides4::c, p.source) && p.result.stride.c == 1) ||
-          (contiguous_along(&Strides4::w, p.source) && p.result.stride.w == 1 && p.planes.step_w == 1));
+// A block of pixels in the L2 cache, and a panel of a window's weights, which each tile reads, near the L1 cache.
+constexpr int64_t kPointBytes = 256 << 10, kWindowBytes = 64 << 10;
+
+// False where the taps are no window of neighbouring pixels or its pixels not the rows of a matrix, and where planes
+// serve a window better.
+bool plan_pointwise(const TapConv& p, DType dtype, PointConv& w) {
+  const Planes& s = p.planes;
+  w.conv = p;
+  w.window_h = w.window_w = 0;
+  for (const Tap* tap = p.taps; tap < p.taps + p.num_taps; ++tap) {
+    w.window_h = std::max(w.window_h, tap->row * s.step_h + s.phase_h[tap->phase] + 1);
+    w.window_w = std::max(w.window_w, tap->col * s.step_w + s.phase_w[tap->phase] + 1);
+  }
+  w.padded = s.origin_h > 0 || s.origin_w > 0 || (p.rows - 1) * s.step_h + w.window_h - s.origin_h > p.source.height ||
+             (p.cols - 1) * s.step_w + w.window_w - s.origin_w > p.source.width;
+  const bool by_channel = contiguous_along(&Strides4::c, p.source) && p.result.stride.c == 1;
+  const bool by_column = p.num_taps == 1 && !w.padded && contiguous_along(&Strides4::w, p.source) &&
+                         p.result.stride.w == 1 && s.step_w == 1;
+  if (p.groups > 1 || p.result.pool_code || w.window_h * w.window_w != p.num_taps || !(by_channel || by_column))
+    return false;
+  // Vectors of results are partly empty here, vectors of a plane's positions where there is padding between its rows.
+  const int64_t element = accumulator_size(dtype), panel = pointwise_kernels().panel[element == 4];
+  const int64_t results = ceil_div(p.group_results, panel / 2) * (panel / 2);
+  const int64_t weights = p.num_taps * p.group_channels / conv_kernels().terms[dtype] * panel * element;
+  return p.num_taps == 1 || (p.group_results * s.pitch >= results * p.cols && weights <= kWindowBytes);
 }
 
-void run_pointwise(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
+void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
   const PointwiseKernels& kernels = pointwise_kernels();
+  TapConv& p = w.conv;
+  const Planes& s = p.planes;
+  const bool by_channel = p.result.stride.c == 1;
   const int64_t element = accumulator_size(dtype), panel = kernels.panel[element == 4];
-  const int64_t width = p.result.stride.c == 1 ? panel : kernels.rows;
-  const int64_t blocks = ceil_div(p.group_results, width), rows = p.batch * p.rows;
-  p.image_blocks = p.batch, p.row_blocks = p.rows;
-  p.channel_blocks = std::min(blocks, ceil_div(2 * int64_t(torch::stable::get_num_threads()), rows));
-  p.scratch = p.group_channels * ceil_div(p.cols, panel) * panel * element;
-  const Scratch<char> packed(blocks * width * p.group_channels * element);
-  torch::stable::parallel_for(0, blocks, ceil_div(4096, width * p.group_channels), [&](int64_t begin, int64_t end) {
-    kernels.pack_weight[dtype](p, width, weight.data_ptr(), strides.data(), packed.get(), begin, end);
+  const int64_t width = by_channel ? panel : kernels.rows, tile = by_channel ? kernels.rows : panel;
+  const int64_t blocks = ceil_div(p.group_results, width), threads = torch::stable::get_num_threads();
+  // Pixels of a block: a window's rows above and below it are not counted.
+  const int64_t pixel = s.step_h * s.step_w * p.group_channels * element;
+  const int64_t fit = std::max(tile, kPointBytes / pixel / tile * tile);
+  w.block_cols = std::min(fit, p.cols);
+  w.block_rows = p.num_taps == 1 ? 1 : std::max<int64_t>(1, fit / p.cols);
+  while (w.block_rows > w.window_h && p.batch * ceil_div(p.rows, w.block_rows) < 4 * threads)
+    w.block_rows = ceil_div(w.block_rows, 2);
+  p.image_blocks = p.batch, p.row_blocks = ceil_div(p.rows, w.block_rows);
+  p.channel_blocks = std::min(blocks, ceil_div(2 * threads, p.batch * p.row_blocks));
+  const int64_t rows = (w.block_rows - 1) * s.step_h + w.window_h, cols = (w.block_cols - 1) * s.step_w + w.window_w;
+  w.scratch = (by_channel ? rows * cols + 1 : ceil_div(w.block_cols, panel) * panel) * p.group_channels * element;
+  const int64_t depth = p.group_channels * p.num_taps;
+  const Scratch<char> packed(blocks * width * depth * element);
+  torch::stable::parallel_for(0, blocks, ceil_div(4096, width * depth), [&](int64_t begin, int64_t end) {
+    kernels.pack_weight[dtype](w, width, weight.data_ptr(), strides.data(), packed.get(), begin, end);
   });
   p.weight = packed.get();
-  run_tasks(p, kernels.run[dtype]);
+  run_tasks(w, kernels.run[dtype]);
 }
 
 // Packs the weight (strides: of group, result channel, reduced channel) and runs the problem.
 void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
   const ConvKernels& kernels = conv_kernels();
   const int64_t element = accumulator_size(dtype);
-  if (is_pointwise(p)) return run_pointwise(p, dtype, weight, strides);
   WinogradConv winograd = winograd_conv(p);
+  PointConv points;
+  // Winograd's convolution has fewer products, but not of pairs.
+  if (plan_pointwise(p, dtype, points) && (kernels.terms[dtype] > 1 || !is_winograd(winograd)))
+    return run_pointwise(points, dtype, weight, strides);
   if (is_winograd(winograd) && run_winograd(winograd, dtype, weight, strides)) return;
   const int64_t depth = ceil_div(p.group_channels, kernels.terms[dtype]);
   plan(p, depth, element, kernels.lanes[element == 4], kernels.tile_results);
@@ -634,6 +667,7 @@ void grad_input(ConvShape s, DType dtype, ConvSource grad, const Tensor& weight,
         }
       TapConv p{};
       for (Tap& tap : taps) tap.row = last_h - tap.row, tap.col = last_w - tap.col;
+      std::reverse(taps.begin(), taps.end());
       p.planes.step_h = p.planes.step_w = 1;
       p.planes.origin_h = last_h - first_h, p.planes.origin_w = last_w - first_w;
       p.rows = ceil_div(s.in_h - a, s.stride_h), p.cols = ceil_div(s.in_w - b, s.stride_w);

@@ -1,19 +1,29 @@
-// 1 x 1 convolution without padding: the interface of conv2d_pointwise_tier.h. Torch-free.
+// Windows of neighbouring pixels as rows of a matrix product: the interface of conv2d_pointwise_tier.h. Torch-free.
 #pragma once
 
 #include "cpu/kernels/conv2d.h"
 
 namespace fastnn::cpu {
 
+// conv.taps are those of a window, row by row. A task: block_rows rows of an image's results, block_cols columns at a
+// time, and a share of the blocks of result channels.
+struct PointConv {
+  TapConv conv;
+  int64_t window_h, window_w;
+  bool padded;  // some window reaches past the source
+  int64_t block_rows, block_cols;
+  int64_t scratch;
+
+  int64_t tasks() const { return conv.tasks(); }
+};
+
 struct PointwiseKernels {
   int panel[2];  // elements of a panel's two vectors, of float64 and float32,
   int rows;      // and rows of a tile; a block of results is the one in channels_last, the other in NCHW
   // Blocks [begin, end) of `width` results; strides: of group, result and channel.
-  void (*pack_weight[kNumDTypes])(const TapConv&, int64_t width, const void* weight, const int64_t* strides,
+  void (*pack_weight[kNumDTypes])(const PointConv&, int64_t width, const void* weight, const int64_t* strides,
                                   void* packed, int64_t begin, int64_t end);
-  // Tasks [begin, end) of rows * channel_blocks; scratch: channels * cols elements of accumulator type, in NCHW of cols
-  // rounded up to panels.
-  void (*run[kNumDTypes])(const TapConv&, void* scratch, int64_t begin, int64_t end);
+  void (*run[kNumDTypes])(const PointConv&, void* scratch, int64_t begin, int64_t end);
 };
 
 const PointwiseKernels& pointwise_kernels();

@@ -1,31 +1,45 @@
-// 1 x 1 convolution without padding: a matrix product over the channels, forward and (with the weight's two dimensions
-// swapped) for the gradient of the input.
+// Convolution as a product of a matrix of pixels and the weight's, one group: windows of neighbouring pixels in
+// channels_last memory, and 1 x 1 without padding in NCHW too; forward and (with the weight's two dimensions swapped) for
+// the gradient of the input.
 //
-// Tiles: kRows rows x 2 vectors stay in registers over all channels. A step broadcasts an operand of each row, a channel
-// or a pair of them, and loads two vectors of a panel, packed [operand][two vectors]: (kRows + 2) loads every 2 * kRows
-// FMAs.
-// channels_last: rows are pixels, read where they lie; vectors are results, and panels the weight's, packed once a
-// call. A block of pixels stays in the L2 cache over the panels. Sources that are not operands as they lie, and
-// gradients under ReLU's mask, are first copied, a block at a time. NCHW: rows are results, of a weight packed once a
-// call in the order they are read; vectors are pixels, and panels a block of pixels', packed by each task into the L2
-// cache.
+// Tiles: kRows rows x 2 vectors stay in registers over a whole window. A step broadcasts an operand of each row, one term
+// of the sum or a pair, and loads two vectors of a panel, packed [operand][two vectors]: (kRows + 2) loads every
+// 2 * kRows FMAs.
+// channels_last: rows are pixels, of which a window reads a run of neighbouring elements for each of its rows; vectors
+// are results, and panels the weight's, packed once a call. A block of pixels stays in the L2 cache over the panels.
+// They are read where they lie, or, with the padding around them, from a copy of the block. NCHW: rows are results, of a
+// weight packed once a call in the order they are read; vectors are pixels, and panels a block of pixels', packed by
+// each task into the L2 cache.
 // Memory: what comes next is fetched while this is computed, as neither order is one the hardware foresees.
 //
-// Operations: 2 * pixels * channels * results; bytes: each tensor once, the weight once a block of pixels.
+// Operations: 2 * pixels * window * channels * results; bytes: each tensor once, the weight once a block of pixels.
 
 #if FASTNN_VECTOR_BYTES == 64
 constexpr int kRows = 12;
 #else
 constexpr int kRows = 6;
 #endif
-constexpr int64_t kPointBytes = 256 << 10;  // a block of pixels in the L2 cache
+
+// What operands are read from: a type of which kTermsOf<P> neighbours are one.
+template <class P>
+struct ElementOf {
+  using type = P;
+};
+template <>
+struct ElementOf<Bf16Pair> {
+  using type = bf16;
+};
+template <class P>
+using Element = typename ElementOf<P>::type;
 
 template <class T>
 struct RowTile {
   using A = Accumulator<T>;
   using P = Operand<T>;
-  const P* rows;  // by_channel: row_pitch apart, operands neighbours; otherwise [operand][kRows]
-  int64_t row_pitch, depth;
+  const Element<P>* rows;  // by_channel: row_pitch apart; otherwise [operand][kRows]
+  int64_t row_pitch;
+  int64_t runs, run_pitch;  // of a row; by column there is one
+  int64_t terms;            // of a run
   const P* panel;
   const A* bias;  // or null; by_channel: of the vectors' results, otherwise of the rows
   T* result;
@@ -35,35 +49,52 @@ struct RowTile {
   int64_t ahead;  // bytes to fetch each step, behind the rows
 };
 
+// One operand of each row; partial: what follows its first term is none of the sum's.
+template <class P, int NR, int NV, bool partial>
+FASTNN_INLINE void multiply_step(const Element<P>* row, int64_t pitch, const P* panel, Vec<Accumulator<P>> (*sum)[NV]) {
+  Vec<P> w[NV];
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) w[v] = load(panel + v * kLanes<P>);
+#pragma GCC unroll 12
+  for (int n = 0; n < NR; ++n) {
+    Vec<P> x = splat(*reinterpret_cast<const P*>(row + n * pitch));
+    if constexpr (partial) x = first_term(x);
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) sum[n][v] = multiply_add(x, w[v], sum[n][v]);
+  }
+}
+
 template <class T, bool by_channel, int NR, int NV>
 void multiply_rows(const RowTile<T>& b) {
   using A = Accumulator<T>;
   using P = Operand<T>;
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<A>, kTerms = kTermsOf<P>;
   Vec<A> sum[NR][NV];
+#pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) {
     const int lanes = int(least(L, b.lanes - v * L));
     const Vec<A> start = by_channel && b.bias ? load_n(b.bias + v * L, lanes) : Vec<A>{};
 #pragma GCC unroll 12
     for (int n = 0; n < NR; ++n) sum[n][v] = !by_channel && b.bias ? splat(b.bias[n]) : start;
   }
-  const P *row = b.rows, *panel = b.panel;
-  const int64_t pitch = by_channel ? b.row_pitch : 1;
-  const char* ahead = reinterpret_cast<const char*>(row + NR * pitch);
-  for (int64_t d = 0; d < b.depth; ++d, row += by_channel ? 1 : kRows, panel += 2 * L) {
-    if (by_channel) {
-      __builtin_prefetch(ahead);
-      ahead += b.ahead;
+  const P* panel = b.panel;
+  const int64_t pitch = by_channel ? b.row_pitch : kTerms;
+  const char* ahead = reinterpret_cast<const char*>(b.rows + NR * pitch);
+  for (int64_t run = 0; run < b.runs; ++run) {
+    const Element<P>* row = b.rows + run * b.run_pitch;
+    const int64_t whole = by_channel ? b.terms / kTerms : operands<P>(b.terms);
+    for (int64_t d = 0; d < whole; ++d, row += (by_channel ? 1 : kRows) * kTerms, panel += 2 * L) {
+      if (by_channel) {
+        __builtin_prefetch(ahead);
+        ahead += b.ahead;
+      }
+      multiply_step<P, NR, NV, false>(row, pitch, panel, sum);
     }
-    Vec<P> w[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) w[v] = load(panel + v * L);
-#pragma GCC unroll 12
-    for (int n = 0; n < NR; ++n) {
-      const Vec<P> x = splat(row[n * pitch]);
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) sum[n][v] = multiply_add(x, w[v], sum[n][v]);
-    }
+    if constexpr (by_channel && kTerms > 1)
+      if (b.terms % kTerms) {
+        multiply_step<P, NR, NV, true>(row, pitch, panel, sum);
+        panel += 2 * L;
+      }
   }
 #pragma GCC unroll 12
   for (int n = 0; n < NR; ++n)
@@ -84,128 +115,166 @@ FASTNN_INLINE void multiply_rows_of(int64_t rows, const RowTile<T>& b) {
     multiply_rows<T, by_channel, NR, 1>(b);
 }
 
-// Blocks [begin, end) of `width` results: packed[block][operand][width]. strides: of group (there is one), result and
-// channel.
+// Blocks [begin, end) of `width` results: packed[block][run][operand][width]. strides: of group (there is one), result
+// and channel.
 template <class T>
-void pack_points_weight(const TapConv& p, int64_t width, const void* weight_, const int64_t* strides, void* packed_,
+void pack_points_weight(const PointConv& w, int64_t width, const void* weight_, const int64_t* strides, void* packed_,
                         int64_t begin, int64_t end) {
   using P = Operand<T>;
-  const T* weight = static_cast<const T*>(weight_) + p.taps[0].weight;
-  const int64_t depth = operands<P>(p.group_channels);
-  for (int64_t block = begin; block < end; ++block) {
-    P* packed = static_cast<P*>(packed_) + block * width * depth;
-    for (int64_t d = 0; d < depth; ++d)
-      for (int64_t k = 0; k < width; ++k, ++packed) {
-        const int64_t m = block * width + k, c = d * kTermsOf<P>;
-        const int64_t count = m < p.group_results ? p.group_channels - c : 0;
-        *packed = operand<T, P>(weight + m * strides[1] + c * strides[2], strides[2], nullptr, 0, count);
-      }
-  }
+  const TapConv& p = w.conv;
+  const T* weight = static_cast<const T*>(weight_);
+  const int64_t terms = w.window_w * p.group_channels;
+  P* packed = static_cast<P*>(packed_) + begin * width * w.window_h * operands<P>(terms);
+  for (int64_t block = begin; block < end; ++block)
+    for (int64_t run = 0; run < w.window_h; ++run)
+      for (int64_t term = 0; term < terms; term += kTermsOf<P>)
+        for (int64_t k = 0; k < width; ++k, ++packed) {
+          const int64_t m = block * width + k;
+          T elements[kTermsOf<P>] = {};
+          for (int64_t i = 0; i < least(kTermsOf<P>, terms - term) && m < p.group_results; ++i) {
+            const int64_t tap = run * w.window_w + (term + i) / p.group_channels;
+            const int64_t channel = (term + i) % p.group_channels;
+            elements[i] = weight[m * strides[1] + channel * strides[2] + p.taps[tap].weight];
+          }
+          *packed = operand<T, P>(elements, 1, nullptr, 0, kTermsOf<P>);
+        }
 }
 
-// A pixel's channels as operands, zero where ReLU's mask stops them.
-template <class T>
-FASTNN_INLINE void copy_pixel(const T* from, const T* relu, int64_t channels, Operand<T>* to) {
-  using P = Operand<T>;
-  constexpr int L = kLanes<P>;
-  for (int64_t d = 0; d < operands<P>(channels); d += L) {
-    const int64_t c = d * kTermsOf<P>, count = least(L * kTermsOf<P>, channels - c);
-    const Vec<P> value = load_neighbours<T, P>(from + c, relu ? relu + c : nullptr, int(count));
-    store_lanes(to + d, value, operands<P>(count));
-  }
-}
+// A task's rows [first_row, last_row) of an image's results, and its blocks of result channels.
+struct PointTask {
+  int64_t n, first_row, last_row, first, last;
 
-// A task's rows, and what of the problem does not change with them.
-template <class T>
-struct PointRow {
-  const T *source, *relu;
-  T* result;
-  int64_t first, last;  // of the blocks of results
-
-  PointRow(const TapConv& p, int64_t blocks, int64_t task) {
-    const int64_t row = task / p.channel_blocks, share = task % p.channel_blocks, n = row / p.rows, y = row % p.rows;
-    const int64_t source_y = y * p.planes.step_h;
-    source = static_cast<const T*>(p.source.data) + n * p.source.stride.n + source_y * p.source.stride.h;
-    relu = static_cast<const T*>(p.source.relu_output);
-    if (relu) relu += n * p.source.relu_stride.n + source_y * p.source.relu_stride.h;
-    result = static_cast<T*>(p.result.data) + n * p.result.stride.n + y * p.result.stride.h;
-    first = blocks * share / p.channel_blocks, last = blocks * (share + 1) / p.channel_blocks;
+  PointTask(const PointConv& w, int64_t blocks, int64_t task) {
+    const int64_t rows = task / w.conv.channel_blocks, share = task % w.conv.channel_blocks;
+    n = rows / w.conv.row_blocks;
+    first_row = rows % w.conv.row_blocks * w.block_rows, last_row = least(w.conv.rows, first_row + w.block_rows);
+    first = blocks * share / w.conv.channel_blocks, last = blocks * (share + 1) / w.conv.channel_blocks;
   }
 };
 
+// Neighbours as elements that operands are read from, zero where ReLU's mask stops them. May write an operand past
+// `count`.
 template <class T>
-void run_points_by_channel(const TapConv& p, void* scratch, int64_t begin, int64_t end) {
+FASTNN_INLINE void copy_run(const T* from, const T* relu, int64_t count, Element<Operand<T>>* to) {
+  using P = Operand<T>;
+  constexpr int64_t kElements = kLanes<P> * kTermsOf<P>;
+  for (int64_t i = 0; i < count; i += kElements) {
+    const int64_t elements = least(kElements, count - i);
+    const Vec<P> value = load_neighbours<T, P>(from + i, relu ? relu + i : nullptr, int(elements));
+    store_lanes(reinterpret_cast<P*>(to + i), value, operands<P>(elements));
+  }
+}
+
+// Source rows [y, y + rows) and columns [x, x + cols), zero outside the source, as [row][column][channel].
+template <class T>
+void copy_pixels(const TapConv& p, int64_t n, int64_t y, int64_t rows, int64_t x, int64_t cols,
+                 Element<Operand<T>>* to) {
+  const ConvSource& s = p.source;
+  const int64_t channels = p.group_channels;
+  const int64_t left = least(cols, most(0, -x)), right = most(left, least(cols, s.width - x));
+  const bool dense = s.stride.w == channels && (!s.relu_output || s.relu_stride.w == channels);
+  const int64_t run = dense ? (right - left) * channels : channels;
+  for (int64_t row = y; row < y + rows; ++row, to += cols * channels) {
+    const bool inside = row >= 0 && row < s.height;
+    const int64_t begin = inside ? left : cols, end = inside ? right : cols;
+    for (int64_t i = 0; i < begin * channels; ++i) to[i] = {};
+    const int64_t at = s.stride.n * n + s.stride.h * row + s.stride.w * (x + left);
+    const int64_t relu_at = s.relu_stride.n * n + s.relu_stride.h * row + s.relu_stride.w * (x + left);
+    const T* from = static_cast<const T*>(s.data) + at;
+    const T* relu = s.relu_output ? static_cast<const T*>(s.relu_output) + relu_at : nullptr;
+    for (int64_t i = begin; i < end; i += run / channels, from += s.stride.w, relu += relu ? s.relu_stride.w : 0)
+      copy_run(from, relu, run, to + i * channels);
+    for (int64_t i = end * channels; i < cols * channels; ++i) to[i] = {};
+  }
+}
+
+template <class T>
+void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   using P = Operand<T>;
+  using E = Element<P>;
   constexpr int64_t kWidth = 2 * kLanes<A>;
-  const int64_t channels = p.group_channels, depth = operands<P>(channels);
-  const int64_t step = p.planes.step_w * p.source.stride.w, relu_step = p.planes.step_w * p.source.relu_stride.w;
-  const int64_t most_points = most(kRows, kPointBytes / (depth * int64_t(sizeof(P))) / kRows * kRows);
-  const bool in_place = sizeof(P) == kTermsOf<P> * sizeof(T) && !p.source.relu_output &&
-                        channels % kTermsOf<P> == 0 && step % kTermsOf<P> == 0;
-  P* const copied = static_cast<P*>(scratch);
+  const TapConv& p = w.conv;
+  const int64_t channels = p.group_channels, depth = w.window_h * operands<P>(w.window_w * channels);
+  const Planes& s = p.planes;
+  const bool in_place = !w.padded && sizeof(E) == sizeof(T) && !p.source.relu_output &&
+                        w.window_w * channels % kTermsOf<P> == 0 &&
+                        (w.window_w == 1 || p.source.stride.w == channels);
+  E* const copied = static_cast<E*>(scratch);
   RowTile<T> b;
-  b.depth = depth, b.result_pitch = p.result.stride.w, b.relu = p.relu;
-  b.row_pitch = in_place ? step / kTermsOf<P> : depth;
-  for (int64_t task = begin; task < end; ++task) {
-    const PointRow<T> row(p, ceil_div(p.group_results, kWidth), task);
-    for (int64_t x = 0; x < p.cols; x += most_points) {
-      const int64_t count = least(most_points, p.cols - x);
-      const P* pixels = in_place ? reinterpret_cast<const P*>(row.source + x * step) : copied;
-      for (int64_t i = 0; !in_place && i < count; ++i)
-        copy_pixel(row.source + (x + i) * step, row.relu ? row.relu + (x + i) * relu_step : nullptr, channels,
-                   copied + i * depth);
-      for (int64_t panel = row.first; panel < row.last; ++panel) {
+  b.runs = w.window_h, b.terms = w.window_w * channels, b.result_pitch = p.result.stride.w, b.relu = p.relu;
+  b.row_pitch = s.step_w * (in_place ? p.source.stride.w : channels);
+  for (int64_t index = begin; index < end; ++index) {
+    const PointTask task(w, ceil_div(p.group_results, kWidth), index);
+    const int64_t rows = task.last_row - task.first_row, y = task.first_row * s.step_h - s.origin_h;
+    for (int64_t x = 0; x < p.cols; x += w.block_cols) {
+      const int64_t count = least(w.block_cols, p.cols - x), cols = (count - 1) * s.step_w + w.window_w;
+      const int64_t source_x = x * s.step_w - s.origin_w;
+      b.run_pitch = in_place ? p.source.stride.h : cols * channels;
+      const E* pixels = copied;
+      if (in_place)
+        pixels = static_cast<const E*>(p.source.data) + task.n * p.source.stride.n + y * p.source.stride.h +
+                 source_x * p.source.stride.w;
+      else
+        copy_pixels<T>(p, task.n, y, (rows - 1) * s.step_h + w.window_h, source_x, cols, copied);
+      for (int64_t panel = task.first; panel < task.last; ++panel) {
         const int64_t m = panel * kWidth;
         b.panel = static_cast<const P*>(p.weight) + m * depth;
         b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
         b.lanes = int(least(kWidth, p.group_results - m));
-        b.ahead = panel == row.first ? kRows * int64_t(sizeof(P)) : 0;
-        for (int64_t i = 0; i < count; i += kRows) {
-          b.rows = pixels + i * b.row_pitch;
-          b.result = row.result + (x + i) * b.result_pitch + m;
-          multiply_rows_of<T, true, kRows>(least(kRows, count - i), b);
-        }
+        b.ahead = in_place && panel == task.first ? kRows * int64_t(sizeof(P)) : 0;
+        for (int64_t row = 0; row < rows; ++row)
+          for (int64_t i = 0; i < count; i += kRows) {
+            b.rows = pixels + row * s.step_h * b.run_pitch + i * b.row_pitch;
+            b.result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n +
+                       (task.first_row + row) * p.result.stride.h + (x + i) * b.result_pitch + m;
+            multiply_rows_of<T, true, kRows>(least(kRows, count - i), b);
+          }
       }
     }
   }
 }
 
 template <class T>
-void run_points_by_column(const TapConv& p, void* scratch, int64_t begin, int64_t end) {
+void run_points_by_column(const PointConv& w, void* scratch, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   using P = Operand<T>;
   constexpr int64_t L = kLanes<A>, kWidth = 2 * L;
+  const TapConv& p = w.conv;
   const int64_t channels = p.group_channels, depth = operands<P>(channels);
-  const int64_t most_points = most(kWidth, kPointBytes / (depth * int64_t(sizeof(P))) / kWidth * kWidth);
   P* const panels = static_cast<P*>(scratch);
   RowTile<T> b;
-  b.depth = depth, b.result_pitch = p.result.stride.c, b.relu = p.relu;
-  for (int64_t task = begin; task < end; ++task) {
-    const PointRow<T> row(p, ceil_div(p.group_results, kRows), task);
-    for (int64_t x = 0; x < p.cols; x += most_points) {
-      const int64_t count = least(most_points, p.cols - x);
+  b.runs = 1, b.terms = channels, b.result_pitch = p.result.stride.c, b.relu = p.relu;
+  for (int64_t index = begin; index < end; ++index) {
+    const PointTask task(w, ceil_div(p.group_results, kRows), index);
+    const int64_t y = task.first_row, source_y = y * p.planes.step_h;
+    const T* source = static_cast<const T*>(p.source.data) + task.n * p.source.stride.n + source_y * p.source.stride.h;
+    const T* relu = static_cast<const T*>(p.source.relu_output);
+    if (relu) relu += task.n * p.source.relu_stride.n + source_y * p.source.relu_stride.h;
+    T* result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n + y * p.result.stride.h;
+    for (int64_t x = 0; x < p.cols; x += w.block_cols) {
+      const int64_t count = least(w.block_cols, p.cols - x);
       for (int64_t d = 0; d < depth; ++d) {
         const int64_t c = d * kTermsOf<P>;
-        const T* source = row.source + c * p.source.stride.c + x;
-        const T* relu = row.relu ? row.relu + c * p.source.relu_stride.c + x : nullptr;
+        const T* from = source + c * p.source.stride.c + x;
+        const T* mask = relu ? relu + c * p.source.relu_stride.c + x : nullptr;
         for (int64_t i = 0; i < count; i += L)
           store(panels + i / kWidth * kWidth * depth + d * kWidth + i % kWidth,
-                load_operands<T, P>(source + i, p.source.stride.c, relu ? relu + i : nullptr, p.source.relu_stride.c,
+                load_operands<T, P>(from + i, p.source.stride.c, mask ? mask + i : nullptr, p.source.relu_stride.c,
                                     channels - c, int(least(L, count - i))));
       }
-      const int64_t tiles = (row.last - row.first) * ceil_div(count, kWidth);
+      const int64_t tiles = (task.last - task.first) * ceil_div(count, kWidth);
       int64_t fetched = 0, done = 0;
-      for (int64_t block = row.first; block < row.last; ++block) {
+      for (int64_t block = task.first; block < task.last; ++block) {
         const int64_t m = block * kRows;
-        b.rows = static_cast<const P*>(p.weight) + m * depth;
+        b.rows = static_cast<const Element<P>*>(p.weight) + m * depth * kTermsOf<P>;
         b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
         for (int64_t i = 0; i < count; i += kWidth) {
           b.panel = panels + i * depth;
-          b.result = row.result + m * b.result_pitch + x + i;
+          b.result = result + m * b.result_pitch + x + i;
           b.lanes = int(least(kWidth, count - i));
           for (const int64_t stop = channels * ++done / tiles; fetched < stop; ++fetched) {
-            const char* at = reinterpret_cast<const char*>(row.source + fetched * p.source.stride.c + x + count);
+            const char* at = reinterpret_cast<const char*>(source + fetched * p.source.stride.c + x + count);
             for (int64_t k = 0; k < count * int64_t(sizeof(T)); k += 64) __builtin_prefetch(at + k);
           }
           multiply_rows_of<T, false, kRows>(least(kRows, p.group_results - m), b);
@@ -215,13 +284,13 @@ void run_points_by_column(const TapConv& p, void* scratch, int64_t begin, int64_
   }
 }
 
-// Tasks [begin, end): a result row of one image, and a share of the blocks of results.
+// Tasks [begin, end): a block of result rows of one image, and a share of the blocks of results.
 template <class T>
-void run_points(const TapConv& p, void* scratch, int64_t begin, int64_t end) {
-  if (p.result.stride.c == 1)
-    run_points_by_channel<T>(p, scratch, begin, end);
+void run_points(const PointConv& w, void* scratch, int64_t begin, int64_t end) {
+  if (w.conv.result.stride.c == 1)
+    run_points_by_channel<T>(w, scratch, begin, end);
   else
-    run_points_by_column<T>(p, scratch, begin, end);
+    run_points_by_column<T>(w, scratch, begin, end);
 }
 
 #define FASTNN_ALL_DTYPES(function) {function<double>, function<float>, function<bf16>, function<f16>}

@@ -111,7 +111,7 @@ void read_rows(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int
 }
 
 // `count` pixels of a row, step apart from column x on, of a source whose channels are contiguous: a pixel's channels
-// go to runs of `width`, padded to a vector, `run_pitch` apart.
+// go to runs of `width`, padded to a vector that what follows overwrites, `run_pitch` apart.
 template <class T>
 void read_pixels(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int64_t y, int64_t x, int64_t step,
                  int64_t count, Accumulator<T>* dst, int64_t width, int64_t run_pitch) {
@@ -120,6 +120,9 @@ void read_pixels(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, i
   const T* relu = static_cast<const T*>(s.relu_output);
   if (relu) relu += offset4(s.relu_stride, n, c0, y, x);
   const int64_t src_step = step * s.stride.w, relu_step = relu ? step * s.relu_stride.w : 0;
+  // Pixels that follow on one another are like one of all their channels.
+  if (width == channels && src_step == channels && (!relu || relu_step == channels))
+    width = channels *= count, count = count > 0;
   for (int64_t i = 0; i < count; ++i, src += src_step, relu += relu_step, dst += width) {
     Accumulator<T>* to = dst;
     for (int64_t run = 0; run < channels; run += width, to += run_pitch)
@@ -568,9 +571,6 @@ const P* join_positions(A* p, int64_t count, int64_t step) {
   return reinterpret_cast<const P*>(p);
 }
 
-// The last positions of a row, where they do not fill an operand.
-FASTNN_INLINE UInt32Vec first_term(UInt32Vec v) { return v & 0xffff; }
-
 // sums[m][l] += sum over the block's output positions of rows[offsets[m] + position * step] * lanes[position][l], for
 // MR rows and NV vectors of lanes.
 template <class P, int MR, int NV>
@@ -759,13 +759,15 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
   const Planes& planes = p.planes;
   const bool channel_lanes = p.form == GradForm::channel_lanes, result_lanes = p.form == GradForm::result_lanes;
   const int64_t channel_places = channel_lanes ? ceil_div(p.block_channels, kWidth) * kWidth : p.block_channels;
-  // Of every (channel, tap) in the packed planes; where channels are lanes, of every tap, and of every result channel
-  // in the packed gradient.
+  // Of every (channel, tap) in the packed planes, or pixels where those are read as such; where channels are lanes, of
+  // every tap, and of every result channel in the packed gradient.
   int64_t* offsets = static_cast<int64_t*>(scratch_);
   const int64_t offset_channels = channel_lanes ? 1 : p.block_channels;
+  const bool pixels = result_lanes && channels_contiguous(p.source);
+  const int64_t source_step = pixels ? p.block_channels : 1;
   for (int64_t c = 0; c < offset_channels; ++c)
     for (int64_t t = 0; t < p.num_taps; ++t)
-      offsets[c * p.num_taps + t] = c * planes.plane + tap_offset(planes, p.taps[t]);
+      offsets[c * p.num_taps + t] = c * (pixels ? 1 : planes.plane) + tap_offset(planes, p.taps[t]) * source_step;
   int64_t* result_offsets = offsets + offset_channels * p.num_taps;
   for (int64_t m = 0; m < p.block_results; ++m) result_offsets[m] = m;
   A* packed = static_cast<A*>(scratch_) + p.offset_bytes() / int64_t(sizeof(A));
@@ -813,10 +815,13 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
                     grad_width, p.cols, bias_sums + m, least(grad_width, count - m));
         const P* grad = join_positions<A, P>(grads, grad_runs * grad_width * grad_planes.plane, grad_width);
         if (result_lanes) {
-          pack_planes<T, A>(p.source, planes, block, p.source.height, source_channel, channels, packed);
-          const P* source = join_positions<A, P>(packed, channels * planes.plane, 1);
+          if (pixels)
+            pack_positions<T>(p.source, planes, block, source_channel, channels, source_step, packed, row);
+          else
+            pack_planes<T, A>(p.source, planes, block, p.source.height, source_channel, channels, packed);
+          const P* source = join_positions<A, P>(packed, p.block_channels * planes.plane, source_step);
           for (int64_t m = 0; m < count; m += grad_width)
-            outer_rows(source, offsets, channels * p.num_taps, int64_t(1), grad + m * grad_planes.plane, grad_width,
+            outer_rows(source, offsets, channels * p.num_taps, source_step, grad + m * grad_planes.plane, grad_width,
                        least(grad_width, count - m), block, p.cols, planes.pitch,
                        sums + c0 * p.num_taps * p.group_results + m0 + m, p.group_results);
         } else {

@@ -317,6 +317,13 @@ FASTNN_INLINE UInt32Vec pairs(FloatVec even, FloatVec odd) {
   return (UInt32Vec)even >> 16 | (UInt32Vec)odd;  // of bfloat16, whose low halves are zero
 }
 
+// Operands without their second terms, where there is none; of one term there is.
+FASTNN_INLINE UInt32Vec first_term(UInt32Vec v) { return v & 0xffff; }
+template <class V>
+FASTNN_INLINE V first_term(V v) {
+  return v;
+}
+
 // The operand of terms `step` apart from p on, of which `count` are left; where the output of a ReLU at `relu`,
 // unless that is null, is not positive, zero.
 template <class T, class P>
