@@ -90,7 +90,8 @@ int64_t groups_together(const Problem& p, bool channels_contiguous) {
   return std::min(p.groups, ceil_div(16, std::min(p.group_channels, p.group_results)));
 }
 
-// Cuts a TapConv of `depth` operands a result and tap into tasks that fit the cache, and enough of them for the threads.
+// Cuts a TapConv of `depth` operands a result and tap into tasks that fit the cache, and enough of them for the
+// threads.
 void plan(TapConv& p, int64_t depth, int64_t element, int64_t lanes, int64_t tile_results) {
   const int64_t threads = torch::stable::get_num_threads();
   const PoolShape& pool = p.result.pool;
@@ -129,8 +130,7 @@ void plan(TapConv& p, int64_t depth, int64_t element, int64_t lanes, int64_t til
   // An operand's part of a tile: some three cache lines for every plane row that the taps read.
   p.block_depth = std::max<int64_t>(8, kDepthBytes / ((p.planes.halo_h + 1) * p.planes.phases * 192));
   const int64_t positions = images * (cut.block + p.planes.halo_h) * p.planes.pitch + 2 * lanes;
-  p.scratch =
-      (p.num_taps + 8) * 8 + (p.block_groups * depth * p.planes.plane + p.panel * positions) * element;
+  p.scratch = (p.num_taps + 8) * 8 + (p.block_groups * depth * p.planes.plane + p.panel * positions) * element;
 }
 
 int64_t count_slices(const TapGrad& p, int64_t blocks, int64_t element) {
@@ -507,8 +507,8 @@ bool plan_pointwise(const TapConv& p, DType dtype, PointConv& w) {
   w.padded = s.origin_h > 0 || s.origin_w > 0 || (p.rows - 1) * s.step_h + w.window_h - s.origin_h > p.source.height ||
              (p.cols - 1) * s.step_w + w.window_w - s.origin_w > p.source.width;
   const bool by_channel = contiguous_along(&Strides4::c, p.source) && p.result.stride.c == 1;
-  const bool by_column = p.num_taps == 1 && !w.padded && contiguous_along(&Strides4::w, p.source) &&
-                         p.result.stride.w == 1 && s.step_w == 1;
+  const bool by_column = p.num_taps == 1 && !w.padded && s.origin_h == 0 && s.origin_w == 0 &&
+                         contiguous_along(&Strides4::w, p.source) && p.result.stride.w == 1 && s.step_w == 1;
   if (p.groups > 1 || p.result.pool_code || w.window_h * w.window_w != p.num_taps || !(by_channel || by_column))
     return false;
   // Vectors of results are partly empty here, vectors of a plane's positions where there is padding between its rows.

@@ -68,9 +68,9 @@ struct TapConv {
   // A task: an image block, a row block and a run of groups (or, of one large group, a run of result channels).
   int64_t image_blocks, row_blocks, channel_blocks;
   int64_t block_groups, block_results;
-  int64_t panel;           // result channels kept in scratch until they are written
-  int64_t block_depth;     // operands reduced at a time: a tile's then fit the L1 cache
-  int64_t scratch;         // bytes a thread needs
+  int64_t panel;        // result channels kept in scratch until they are written
+  int64_t block_depth;  // operands reduced at a time: a tile's then fit the L1 cache
+  int64_t scratch;      // bytes a thread needs
 
   int64_t tasks() const { return image_blocks * row_blocks * channel_blocks; }
 };
@@ -127,10 +127,10 @@ struct TapGrad {
 };
 
 struct ConvKernels {
-  int lanes[2];      // of float64, float32 vectors
+  int lanes[2];           // of float64, float32 vectors
   int terms[kNumDTypes];  // of a sum that are multiplied as one operand
-  int tile_results;  // the widest tile of TapConv: result channels ...
-  int tile_vectors;  // ... and vectors of positions
+  int tile_results;       // the widest tile of TapConv: result channels ...
+  int tile_vectors;       // ... and vectors of positions
   // Packs rows [begin, end) of m-blocks of a weight viewed as [group][m][c][tap] into the order the tiles read.
   // strides: of group, m and c, elements.
   void (*pack_weight[kNumDTypes])(const TapConv&, const void* weight, const int64_t* strides, void* packed,

@@ -1,14 +1,14 @@
 // Convolution as a product of a matrix of pixels and the weight's, one group: windows of neighbouring pixels in
-// channels_last memory, and 1 x 1 without padding in NCHW too; forward and (with the weight's two dimensions swapped) for
-// the gradient of the input.
+// channels_last memory, and 1 x 1 without padding in NCHW too; forward and (with the weight's two dimensions swapped)
+// for the gradient of the input.
 //
-// Tiles: kRows rows x 2 vectors stay in registers over a whole window. A step broadcasts an operand of each row, one term
-// of the sum or a pair, and loads two vectors of a panel, packed [operand][two vectors]: (kRows + 2) loads every
+// Tiles: kRows rows x 2 vectors stay in registers over a whole window. A step broadcasts an operand of each row, one
+// term of the sum or a pair, and loads two vectors of a panel, packed [operand][two vectors]: (kRows + 2) loads every
 // 2 * kRows FMAs.
 // channels_last: rows are pixels, of which a window reads a run of neighbouring elements for each of its rows; vectors
 // are results, and panels the weight's, packed once a call. A block of pixels stays in the L2 cache over the panels.
-// They are read where they lie, or, with the padding around them, from a copy of the block. NCHW: rows are results, of a
-// weight packed once a call in the order they are read; vectors are pixels, and panels a block of pixels', packed by
+// They are read where they lie, or, with the padding around them, from a copy of the block. NCHW: rows are results, of
+// a weight packed once a call in the order they are read; vectors are pixels, and panels a block of pixels', packed by
 // each task into the L2 cache.
 // Memory: what comes next is fetched while this is computed, as neither order is one the hardware foresees.
 //
@@ -198,8 +198,7 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
   const int64_t channels = p.group_channels, depth = w.window_h * operands<P>(w.window_w * channels);
   const Planes& s = p.planes;
   const bool in_place = !w.padded && sizeof(E) == sizeof(T) && !p.source.relu_output &&
-                        w.window_w * channels % kTermsOf<P> == 0 &&
-                        (w.window_w == 1 || p.source.stride.w == channels);
+                        w.window_w * channels % kTermsOf<P> == 0 && (w.window_w == 1 || p.source.stride.w == channels);
   E* const copied = static_cast<E*>(scratch);
   RowTile<T> b;
   b.runs = w.window_h, b.terms = w.window_w * channels, b.result_pitch = p.result.stride.w, b.relu = p.relu;

@@ -45,8 +45,8 @@ FASTNN_INLINE int64_t offset4(const Strides4& s, int64_t n, int64_t c, int64_t h
 }
 
 // `rows` rows of operands of channel c on, of which `channels` are left, y_step apart from row y on, into plane rows
-// `pitch` apart: from column x on, every x_step-th element into dst[0, count). May write a vector past `count`. The next
-// channels' rows are prefetched: a run reads less of a plane than a hardware prefetcher needs to see.
+// `pitch` apart: from column x on, every x_step-th element into dst[0, count). May write a vector past `count`. The
+// next channels' rows are prefetched: a run reads less of a plane than a hardware prefetcher needs to see.
 template <class T, class P>
 void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t channels, int64_t y, int64_t y_step, int64_t rows,
                 int64_t x, int64_t x_step, int64_t count, P* dst, int64_t pitch) {
@@ -77,8 +77,8 @@ void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t channels, int
             store(dst + i, even);
         }
       for (; i < count; ++i)
-        dst[i] = operand<T, P>(src + i * step, s.stride.c, relu ? relu + i * relu_step : nullptr, s.relu_stride.c,
-                               channels);
+        dst[i] =
+            operand<T, P>(src + i * step, s.stride.c, relu ? relu + i * relu_step : nullptr, s.relu_stride.c, channels);
     }
   }
 }
@@ -175,10 +175,10 @@ void pack_planes(const ConvSource& s, const Planes& p, const Block& block, int64
         if (by_channel)
           for (int64_t i = 0; i < inside; ++i)
             read_rows<T, P>(s, block.n + image, c0, channels, y + i * p.step_h, x, p.step_w, last - first,
-                         rows + i * p.pitch + first, p.plane);
+                            rows + i * p.pitch + first, p.plane);
         else
-          read_plane<T, P>(s, block.n + image, c0 + d * kTermsOf<P>, channels - d * kTermsOf<P>, y, p.step_h,
-                           inside, x, p.step_w, last - first, rows + first, p.pitch);
+          read_plane<T, P>(s, block.n + image, c0 + d * kTermsOf<P>, channels - d * kTermsOf<P>, y, p.step_h, inside, x,
+                           p.step_w, last - first, rows + first, p.pitch);
         for (int64_t k = 0; k < together; ++k) {
           P* padded = plane + k * p.plane;
           zero(padded, above * p.pitch);
@@ -208,8 +208,8 @@ struct TileSetting {
 };
 
 template <class P, int MR, int NV>
-FASTNN_INLINE void tile(const TileSetting& s, const P* planes, int64_t depth, const P* weight, const Accumulator<P>* bias,
-                        Accumulator<P>* out) {
+FASTNN_INLINE void tile(const TileSetting& s, const P* planes, int64_t depth, const P* weight,
+                        const Accumulator<P>* bias, Accumulator<P>* out) {
   using A = Accumulator<P>;
   Vec<A> sum[MR][NV];
 #pragma GCC unroll 8
@@ -561,8 +561,8 @@ void pack_positions(const ConvSource& s, const Planes& p, const Block& block, in
   }
 }
 
-// Sums of products are taken over positions, the terms of an operand: every element becomes the operand that begins with
-// it, in place, the next term being `step` elements further on.
+// Sums of products are taken over positions, the terms of an operand: every element becomes the operand that begins
+// with it, in place, the next term being `step` elements further on.
 template <class A, class P>
 const P* join_positions(A* p, int64_t count, int64_t step) {
   if constexpr (kTermsOf<P> == 2)
@@ -604,8 +604,7 @@ void outer_tile(const P* rows, const int64_t* offsets, int64_t step, const P* la
           for (int m = 0; m < MR; ++m) {
             const Vec<P> a = first_term(splat(from[m][i]));
 #pragma GCC unroll 6
-            for (int v = 0; v < NV; ++v)
-              sum[m][v] = multiply_add(a, first_term(load(x + v * kLanes<P>)), sum[m][v]);
+            for (int v = 0; v < NV; ++v) sum[m][v] = multiply_add(a, first_term(load(x + v * kLanes<P>)), sum[m][v]);
           }
     }
 #pragma GCC unroll 8

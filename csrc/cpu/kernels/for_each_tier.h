@@ -44,10 +44,10 @@ namespace fastnn::cpu::avx2 {
 #undef FASTNN_VECTOR_BYTES
 FASTNN_END_TARGET
 
-#define FASTNN_TIER(name)                                           \
-  (current_isa() == Isa::kAvx512Bf16 ? FASTNN_TIER_OF_BF16(name)    \
-   : current_isa() == Isa::kAvx512   ? fastnn::cpu::avx512::name    \
-   : current_isa() == Isa::kAvx2     ? fastnn::cpu::avx2::name      \
+#define FASTNN_TIER(name)                                        \
+  (current_isa() == Isa::kAvx512Bf16 ? FASTNN_TIER_OF_BF16(name) \
+   : current_isa() == Isa::kAvx512   ? fastnn::cpu::avx512::name \
+   : current_isa() == Isa::kAvx2     ? fastnn::cpu::avx2::name   \
                                      : fastnn::cpu::generic::name)
 #else
 #define FASTNN_BF16_PRODUCTS 0

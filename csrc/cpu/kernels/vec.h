@@ -56,9 +56,15 @@ FASTNN_INLINE DoubleVec load(const double* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
+#if FASTNN_VECTOR_BYTES == 64
+FASTNN_INLINE FloatVec widen(__m256i bits, bf16) {
+  return (FloatVec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+FASTNN_INLINE FloatVec widen(__m256i bits, f16) { return (FloatVec)_mm512_cvtph_ps(bits); }
+#endif
 FASTNN_INLINE FloatVec load(const bf16* p) {
 #if FASTNN_VECTOR_BYTES == 64
-  return (FloatVec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+  return widen(_mm256_loadu_si256((const __m256i*)p), bf16{});
 #elif FASTNN_VECTOR_BYTES == 32
   return (FloatVec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
@@ -69,7 +75,7 @@ FASTNN_INLINE FloatVec load(const bf16* p) {
 }
 FASTNN_INLINE FloatVec load(const f16* p) {
 #if FASTNN_VECTOR_BYTES == 64
-  return (FloatVec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return widen(_mm256_loadu_si256((const __m256i*)p), f16{});
 #elif FASTNN_VECTOR_BYTES == 32
   return (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
@@ -169,6 +175,12 @@ FASTNN_INLINE void store_n(float* p, FloatVec v, int n) {
 FASTNN_INLINE void store_n(double* p, DoubleVec v, int n) {
   _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
 }
+FASTNN_INLINE FloatVec load_n(const bf16* p, int n) {
+  return widen(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p), bf16{});
+}
+FASTNN_INLINE FloatVec load_n(const f16* p, int n) {
+  return widen(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p), f16{});
+}
 #elif FASTNN_VECTOR_BYTES == 32
 FASTNN_INLINE __m256i first_lanes_32(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -214,7 +226,13 @@ template <class T>
 FASTNN_INLINE void store_n(T* p, Vec<Accumulator<T>> v, int n) {
   T lanes[kLanes<Accumulator<T>>];
   store(lanes, v);
+#if FASTNN_VECTOR_BYTES == 64
+  __m256i bits;
+  __builtin_memcpy(&bits, lanes, sizeof bits);
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), bits);
+#else
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
 }
 
 // The first `lanes` of a vector; stored are all of them where that is more than there are, and none where it is less.
