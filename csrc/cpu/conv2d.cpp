@@ -27,7 +27,7 @@ constexpr int64_t kDepthBytes = 20 << 10;  // a tile's operands: most of an L1 c
 constexpr int64_t kFewPositions = 1024, kManyPositions = 256, kGradBytes = 384 << 10;
 // Channels of either side a block takes: a block is packed once for each block of the other side, and that takes more
 // of the time where there is one tap to use it.
-constexpr int64_t kGradChannels = 64, kGradChannelsOneTap = 128;
+constexpr int64_t kGradChannels = 64, kGradChannelsOneTap = 256;
 constexpr int64_t kGradTasks = 32;                  // at the least, where the shape allows: shape alone decides
 constexpr int64_t kSliceBytes = int64_t(64) << 20;  // all private weight gradients together
 

@@ -571,23 +571,60 @@ const P* join_positions(A* p, int64_t count, int64_t step) {
   return reinterpret_cast<const P*>(p);
 }
 
-// sums[m][l] += sum over the block's output positions of rows[offsets[m] + position * step] * lanes[position][l], for
-// MR rows and NV vectors of lanes.
+// Memory of the next block, fetched a little at every step while this one's tiles are computed: packing it is otherwise
+// waiting for it.
+struct Ahead {
+  const char* region[2];
+  int64_t bytes[2], step, done;
+
+  FASTNN_INLINE const char* at() const { return done < bytes[0] ? region[0] + done : region[1] + (done - bytes[0]); }
+};
+
+// Adds a region: what the next block takes of a source, if that is one piece of memory.
+template <class T>
+void fetch(const ConvSource& s, const Planes& p, const Block& next, int64_t c0, int64_t channels, int which,
+           Ahead& to) {
+  const int64_t y = most(0, next.row * p.step_h - p.origin_h), rows = least(s.height - y, next.rows * p.step_h);
+  const bool together = channels_contiguous(s) && s.stride.w < 2 * channels && s.stride.h >= s.width * s.stride.w;
+  to.region[which] = reinterpret_cast<const char*>(static_cast<const T*>(s.data) + offset4(s.stride, next.n, c0, y, 0));
+  to.bytes[which] = together ? ((next.images - 1) * s.stride.n + rows * s.stride.h) * int64_t(sizeof(T)) : 0;
+}
+
+// sums[m][l] += sum over the block's output positions of rows[offsets[m] + position * step] * lanes[position][l].
+template <class P>
+struct OuterProduct {
+  const P* rows;
+  const int64_t* offsets;
+  int64_t num_rows, step;
+  const P* lanes;
+  int64_t width, num_lanes;  // of a position, and of those the ones that are summed
+  const Block& block;
+  int64_t cols, pitch;
+  Accumulator<P>* sums;
+  int64_t sums_pitch;
+  Ahead& ahead;
+};
+
+// Of MR rows from `first` on and all lanes, which are NV vectors.
 template <class P, int MR, int NV>
-void outer_tile(const P* rows, const int64_t* offsets, int64_t step, const P* lanes, int64_t width, const Block& block,
-                int64_t cols, int64_t pitch, Accumulator<P>* sums, int64_t sums_pitch, int tail) {
+void outer_tile(const OuterProduct<P>& o, int64_t first) {
   using A = Accumulator<P>;
   constexpr int kTerms = kTermsOf<P>;
+  const int64_t operands_a_row = o.cols / kTerms, step = o.step * kTerms, ahead_step = o.ahead.step;
+  const char* ahead = o.ahead.at();
+  o.ahead.done += o.block.images * o.block.rows * operands_a_row * ahead_step;
   Vec<A> sum[MR][NV] = {};
   const P* from[MR];
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) from[m] = rows + offsets[m];
-  for (int64_t image = 0; image < block.images; ++image)
-    for (int64_t row = 0; row < block.rows; ++row) {
-      const int64_t at = image * block.pitch_image + row * pitch;
-      const P* x = lanes + at * width;
-      int64_t i = at * step;
-      for (const int64_t end = (at + cols / kTerms * kTerms) * step; i < end; i += kTerms * step, x += kTerms * width) {
+  for (int m = 0; m < MR; ++m) from[m] = o.rows + o.offsets[first + m];
+  for (int64_t image = 0; image < o.block.images; ++image)
+    for (int64_t row = 0; row < o.block.rows; ++row) {
+      const int64_t at = image * o.block.pitch_image + row * o.pitch;
+      const P* x = o.lanes + at * o.width;
+      int64_t i = at * o.step;
+      for (const int64_t end = i + operands_a_row * step; i < end; i += step, x += kTerms * o.width) {
+        __builtin_prefetch(ahead);
+        ahead += ahead_step;
         Vec<P> b[NV];
 #pragma GCC unroll 6
         for (int v = 0; v < NV; ++v) b[v] = load(x + v * kLanes<P>);
@@ -599,7 +636,7 @@ void outer_tile(const P* rows, const int64_t* offsets, int64_t step, const P* la
         }
       }
       if constexpr (kTerms == 2)
-        if (cols % 2)
+        if (o.cols % 2)
 #pragma GCC unroll 8
           for (int m = 0; m < MR; ++m) {
             const Vec<P> a = first_term(splat(from[m][i]));
@@ -611,46 +648,41 @@ void outer_tile(const P* rows, const int64_t* offsets, int64_t step, const P* la
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 6
     for (int v = 0; v < NV; ++v) {
-      A* out = sums + m * sums_pitch + v * kLanes<A>;
-      const int count = v == NV - 1 ? tail : kLanes<A>;
+      A* out = o.sums + (first + m) * o.sums_pitch + v * kLanes<A>;
+      const int count = int(least(kLanes<A>, o.num_lanes - v * kLanes<A>));
       store_n(out, load_n(out, count) + sum[m][v], count);
     }
 }
 
 template <class P, int MR>
-FASTNN_INLINE void outer_tiles(const P* rows, const int64_t* offsets, int64_t step, const P* lanes, int64_t width,
-                               int64_t count, const Block& block, int64_t cols, int64_t pitch, Accumulator<P>* sums,
-                               int64_t sums_pitch) {
-  const int vectors = int(ceil_div(count, kLanes<P>)), tail = int(count - (vectors - 1) * kLanes<P>);
+FASTNN_INLINE void outer_tiles(const OuterProduct<P>& o, int64_t first) {
+  const int64_t vectors = ceil_div(o.num_lanes, kLanes<P>);
   if (vectors == 3)
-    outer_tile<P, MR, 3>(rows, offsets, step, lanes, width, block, cols, pitch, sums, sums_pitch, tail);
+    outer_tile<P, MR, 3>(o, first);
   else if (vectors == 2)
-    outer_tile<P, MR, 2>(rows, offsets, step, lanes, width, block, cols, pitch, sums, sums_pitch, tail);
+    outer_tile<P, MR, 2>(o, first);
   else
-    outer_tile<P, MR, 1>(rows, offsets, step, lanes, width, block, cols, pitch, sums, sums_pitch, tail);
+    outer_tile<P, MR, 1>(o, first);
 }
 
-// All of `num_rows` rows against `count` <= width lanes.
+// num_lanes <= kTileVectors vectors.
 template <class P>
-void outer_rows(const P* rows, const int64_t* offsets, int64_t num_rows, int64_t step, const P* lanes, int64_t width,
-                int64_t count, const Block& block, int64_t cols, int64_t pitch, Accumulator<P>* sums,
-                int64_t sums_pitch) {
-  for (int64_t m = 0; m < num_rows;) {
-    Accumulator<P>* out = sums + m * sums_pitch;
-    const int results = tile_results(num_rows - m);
+void outer_rows(const OuterProduct<P>& o) {
+  for (int64_t m = 0; m < o.num_rows;) {
+    const int results = tile_results(o.num_rows - m);
 #if FASTNN_VECTOR_BYTES == 64
     if (results == 8)
-      outer_tiles<P, 8>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+      outer_tiles<P, 8>(o, m);
     else
 #endif
         if (results == 4)
-      outer_tiles<P, 4>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+      outer_tiles<P, 4>(o, m);
     else if (results == 3)
-      outer_tiles<P, 3>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+      outer_tiles<P, 3>(o, m);
     else if (results == 2)
-      outer_tiles<P, 2>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+      outer_tiles<P, 2>(o, m);
     else
-      outer_tiles<P, 1>(rows, offsets + m, step, lanes, width, count, block, cols, pitch, out, sums_pitch);
+      outer_tiles<P, 1>(o, m);
     m += results;
   }
 }
@@ -750,6 +782,10 @@ void add_positions(const A* grads, int64_t width, int64_t cols, A* sums, int64_t
   }
 }
 
+FASTNN_INLINE Block block_at(const TapGrad& p, int64_t index) {
+  return block_of(p.planes, PoolShape{}, false, p.batch, p.rows, index / p.row_blocks, index % p.row_blocks);
+}
+
 template <class T>
 void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
@@ -797,8 +833,9 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
     }
     if (bias_sums) zero(bias_sums, groups * count);
 
-    for (int64_t b = blocks * slice / p.slices; b < blocks * (slice + 1) / p.slices; ++b) {
-      const Block block = block_of(planes, PoolShape{}, false, p.batch, p.rows, b / p.row_blocks, b % p.row_blocks);
+    const int64_t end_block = blocks * (slice + 1) / p.slices;
+    for (int64_t b = blocks * slice / p.slices; b < end_block; ++b) {
+      const Block block = block_at(p, b);
       if (channel_lanes || result_lanes) {
         // The gradient's channels lie together where they are rows; where they are lanes, in a tile's share of them.
         const int64_t grad_width = result_lanes ? lanes_together<A>(count) : ceil_div(count, kLanes<A>) * kLanes<A>;
@@ -813,25 +850,35 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
                     grads + m * grad_planes.plane + (image * block.pitch_image + i * planes.pitch) * grad_width,
                     grad_width, p.cols, bias_sums + m, least(grad_width, count - m));
         const P* grad = join_positions<A, P>(grads, grad_runs * grad_width * grad_planes.plane, grad_width);
-        if (result_lanes) {
-          if (pixels)
-            pack_positions<T>(p.source, planes, block, source_channel, channels, source_step, packed, row);
-          else
-            pack_planes<T, A>(p.source, planes, block, p.source.height, source_channel, channels, packed);
-          const P* source = join_positions<A, P>(packed, p.block_channels * planes.plane, source_step);
-          for (int64_t m = 0; m < count; m += grad_width)
-            outer_rows(source, offsets, channels * p.num_taps, source_step, grad + m * grad_planes.plane, grad_width,
-                       least(grad_width, count - m), block, p.cols, planes.pitch,
-                       sums + c0 * p.num_taps * p.group_results + m0 + m, p.group_results);
-        } else {
-          const int64_t width = lanes_together<A>(channels);
+        const int64_t width = result_lanes ? source_step : lanes_together<A>(channels);
+        if (result_lanes && !pixels)
+          pack_planes<T, A>(p.source, planes, block, p.source.height, source_channel, channels, packed);
+        else
           pack_positions<T>(p.source, planes, block, source_channel, channels, width, packed, row);
-          const P* source = join_positions<A, P>(packed, ceil_div(channels, width) * width * planes.plane, width);
+        const P* source = join_positions<A, P>(packed, ceil_div(channels, width) * width * planes.plane, width);
+
+        Ahead ahead{};
+        const int64_t passes = result_lanes ? grad_runs * ceil_div(channels * p.num_taps, kTileResults)
+                                            : ceil_div(channels, width) * p.num_taps * ceil_div(count, kTileResults);
+        const int64_t steps = passes * block.images * block.rows * operands<P>(p.cols);
+        if (b + 1 < end_block) {
+          const Block next = block_at(p, b + 1);
+          fetch<T>(p.grad, grad_planes, next, first, count, 0, ahead);
+          fetch<T>(p.source, planes, next, source_channel, channels, 1, ahead);
+          ahead.step = ceil_div(ahead.bytes[0] + ahead.bytes[1], steps);
+        }
+        if (result_lanes) {
+          for (int64_t m = 0; m < count; m += grad_width)
+            outer_rows(OuterProduct<P>{source, offsets, channels * p.num_taps, width, grad + m * grad_planes.plane,
+                                       grad_width, least(grad_width, count - m), block, p.cols, planes.pitch,
+                                       sums + c0 * p.num_taps * p.group_results + m0 + m, p.group_results, ahead});
+        } else {
           for (int64_t c = 0; c < channels; c += width)
             for (int64_t t = 0; t < p.num_taps; ++t)
-              outer_rows(grad, result_offsets, count, grad_width, source + c * planes.plane + offsets[t] * width, width,
-                         least(width, channels - c), block, p.cols, planes.pitch,
-                         sums + m0 * sums_pitch + t * p.group_channels + c0 + c, sums_pitch);
+              outer_rows(OuterProduct<P>{grad, result_offsets, count, grad_width,
+                                         source + c * planes.plane + offsets[t] * width, width,
+                                         least(width, channels - c), block, p.cols, planes.pitch,
+                                         sums + m0 * sums_pitch + t * p.group_channels + c0 + c, sums_pitch, ahead});
         }
         continue;
       }
