@@ -281,7 +281,10 @@ struct ColumnRange {
   }
 };
 
-void read_in_place(DepthwiseLines& l, const ConvSource& s, int64_t cols, const ColumnRange& read) {
+// Reads a source in place, where that can be, for those result columns whose taps meet no padding.
+void read_in_place(DepthwiseLines& l, const ConvSource& s, int64_t channels, DType dtype, int64_t cols,
+                   const ColumnRange& read) {
+  if (!can_read_in_place(l, s, channels, dtype)) return;
   const int64_t begin = read.first < 0 ? ceil_div(-read.first, l.step_w) : 0;
   const int64_t end = read.last < s.width ? std::min(cols, (s.width - 1 - read.last) / l.step_w + 1) : 0;
   if (begin >= end) return;
@@ -324,11 +327,9 @@ bool run_depthwise(const std::vector<TapConv>& phases, int64_t up_h, int64_t up_
   };
   d.block_channels = by_column ? 1 : channels_that_fit(lines(first.groups), first.groups, element);
   d.lines = lines(d.block_channels);
-  if (can_read_in_place(d.lines, first.source, first.groups, dtype)) {
-    ColumnRange read;
-    for (const TapConv& p : phases) read.add(p.planes, p.taps, p.num_taps);
-    read_in_place(d.lines, first.source, d.cols, read);
-  }
+  ColumnRange read;
+  for (const TapConv& p : phases) read.add(p.planes, p.taps, p.num_taps);
+  read_in_place(d.lines, first.source, first.groups, dtype, d.cols, read);
   d.channel_blocks = ceil_div(first.groups, d.block_channels);
   d.block_rows = d.rows;
   while (threads > 1 && d.block_rows > kDepthwiseBlockRows &&
@@ -377,11 +378,9 @@ bool plan_depthwise(TapGrad& p, DType dtype, DepthwiseGrad& d) {
   d.grad_lines.step_w = 1, d.grad_lines.origin_w = 0, d.grad_lines.columns = p.cols;
   d.grad_lines.size = d.lines.pitch * d.lines.pixel;
   d.grad_in_place = can_read_in_place(d.lines, p.grad, p.groups, dtype);
-  if (can_read_in_place(d.lines, p.source, p.groups, dtype)) {
-    ColumnRange read;
-    read.add(p.planes, p.taps, p.num_taps);
-    read_in_place(d.lines, p.source, p.cols, read);
-  }
+  ColumnRange read;
+  read.add(p.planes, p.taps, p.num_taps);
+  read_in_place(d.lines, p.source, p.groups, dtype, p.cols, read);
   d.channel_blocks = ceil_div(p.groups, d.block_channels);
   p.slices = std::min(by_column ? p.batch : ceil_div(p.batch * p.rows, kDepthwiseBlockRows),
                       ceil_div(kGradTasks, d.channel_blocks));

@@ -234,6 +234,13 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
   }
 }
 
+// The first element of a task's first row.
+template <class T>
+FASTNN_INLINE const T* source_of(const PointConv& w, const PointTask& task) {
+  const ConvSource& s = w.conv.source;
+  return static_cast<const T*>(s.data) + task.n * s.stride.n + task.first_row * w.conv.planes.step_h * s.stride.h;
+}
+
 template <class T>
 void run_points_by_column(const PointConv& w, void* scratch, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
@@ -247,7 +254,8 @@ void run_points_by_column(const PointConv& w, void* scratch, int64_t begin, int6
   for (int64_t index = begin; index < end; ++index) {
     const PointTask task(w, ceil_div(p.group_results, kRows), index);
     const int64_t y = task.first_row, source_y = y * p.planes.step_h;
-    const T* source = static_cast<const T*>(p.source.data) + task.n * p.source.stride.n + source_y * p.source.stride.h;
+    const T* source = source_of<T>(w, task);
+    const T* next_row = source_of<T>(w, PointTask(w, ceil_div(p.group_results, kRows), index + 1));
     const T* relu = static_cast<const T*>(p.source.relu_output);
     if (relu) relu += task.n * p.source.relu_stride.n + source_y * p.source.relu_stride.h;
     T* result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n + y * p.result.stride.h;
@@ -273,7 +281,8 @@ void run_points_by_column(const PointConv& w, void* scratch, int64_t begin, int6
           b.result = result + m * b.result_pitch + x + i;
           b.lanes = int(least(kWidth, count - i));
           for (const int64_t stop = channels * ++done / tiles; fetched < stop; ++fetched) {
-            const char* at = reinterpret_cast<const char*>(source + fetched * p.source.stride.c + x + count);
+            const T* next = x + count < p.cols ? source + x + count : next_row;
+            const char* at = reinterpret_cast<const char*>(next + fetched * p.source.stride.c);
             for (int64_t k = 0; k < count * int64_t(sizeof(T)); k += 64) __builtin_prefetch(at + k);
           }
           multiply_rows_of<T, false, kRows>(least(kRows, p.group_results - m), b);
