@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
@@ -533,15 +533,6 @@ def test_stand_in_type_is_private():
 
 
 # ---- wrapped models ----
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory):
-    """A process group of this process alone."""
-    store = distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield distributed.init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
 
 
 def sharded(model, mesh, *layers):
