@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastnn
 from benchmarks import machine, report
@@ -59,6 +60,35 @@ def test_what_is_converted(name):
     with torch.no_grad():
         outputs = (task.logits(model.eval()(task.inputs)) for model in (task.model, original))
         torch.testing.assert_close(*outputs)
+
+
+COMPILED = {"ResNet-50": "inductor", "ViT, 4 layers": "aot_eager", "BERT, 4 layers": "aot_eager", "U-Net": "aot_eager"}
+
+
+@pytest.mark.parametrize(("name", "backend"), COMPILED.items(), indirect=["name"])
+def test_compiled(name, backend):
+    """Converted and compiled whole, in training mode: loss and gradients of the original, run eagerly."""
+    torch._dynamo.reset()
+    found = []
+    for converted in (False, True):
+        task, criterion = build(name, torch.float64, tiny=True), torch.nn.CrossEntropyLoss()
+        if converted:
+            fastnn.convert(task.model)
+            fastnn.convert(criterion)
+
+        def loss_of(inputs, target, task=task, criterion=criterion):
+            return criterion(task.logits(task.model(inputs)), target)
+
+        torch.manual_seed(0)  # of the dropouts
+        if converted:
+            counter = CompileCounterWithBackend(backend)
+            loss_of = torch.compile(loss_of, fullgraph=True, backend=counter)
+        loss = loss_of(task.inputs, task.target)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in task.model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    targets = {str(node.target) for graph in counter.graphs for node in graph.graph.nodes}
+    assert "fastnn.cross_entropy.default" in targets
 
 
 def test_left_alone():
