@@ -43,7 +43,10 @@ def test_training_beside_the_original(name, dtype):
         ours = trained(name, dtype, converted=True, tiny=True)
     assert not calls
     theirs = trained(name, dtype, converted=False, tiny=True)
-    assert largest(ours - theirs) <= TOLERANCE[dtype]
+    tolerance = TOLERANCE[dtype]
+    if name == "MobileNetV2" and dtype is torch.float32:  # its 52 normalizations over a few samples amplify rounding
+        tolerance = 4 * largest(theirs - trained(name, torch.float64, converted=False, tiny=True))
+    assert largest(ours - theirs) <= tolerance
 
 
 def test_what_is_converted(name):
