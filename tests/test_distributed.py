@@ -26,16 +26,24 @@ from benchmarks.harness import native_calls
 ROOT = Path(__file__).parents[1]
 
 
+# What a program of torch's alone, sharded by FSDP2, ends with once in ten times where the cores are busy: a thread of
+# gloo's lets go of its last tensor while Python shuts down, and Python before 3.14 ends the thread for it.
+TORCHS_OWN_ABORT = "terminate called without an active exception"
+
+
 def torchrun(*command: str) -> str:
     """Two processes of one thread; what they print."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-    )
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        )
+        if TORCHS_OWN_ABORT not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     return done.stdout
 
