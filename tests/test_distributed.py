@@ -88,13 +88,13 @@ def test_distributed_tensors(mesh: Any, optimizer: str, layout: str) -> None:
     for module in (torch.optim, fastnn.optim):
         torch.manual_seed(0)
         params = [nn.Parameter(placed(torch.randn(4, 3, dtype=torch.float64), of_param)) for of_param, _ in placements]
-        step = getattr(module, optimizer)(params, **worker.OPTIMIZERS[optimizer])
+        stepped = getattr(module, optimizer)(params, **worker.OPTIMIZERS[optimizer])
         with native_calls() as native:
             for _ in range(3):
                 for p, (_, of_grad) in zip(params, placements, strict=True):
                     p.grad = placed(getattr(p.detach(), "full_tensor", p.detach)().cos(), of_grad)
-                step.step()
-        found.append((params, step.state_dict()["state"]))
+                stepped.step()
+        found.append((params, stepped.state_dict()["state"]))
         assert all(p._version > 0 for p in params)
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
     states = [{key: type(value) for i in state for key, value in state[i].items()} for _, state in found]
