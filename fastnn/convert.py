@@ -507,7 +507,7 @@ def _is_opaque(module: native.Module) -> bool:
     )
 
 
-_NOT_THE_USERS = (os.path.dirname(torch.__file__), __file__)
+_NOT_THE_USERS = (os.path.join(os.path.dirname(torch.__file__), ""), __file__)  # torchvision is one of the users
 
 
 class _Tracer(fx.Tracer):

@@ -1,6 +1,7 @@
 """fastnn.convert: what it swaps, what it fuses, what it leaves alone, that no result depends on it, and its undoing."""
 
 import copy
+import os
 import pickle
 import threading
 
@@ -492,6 +493,13 @@ def test_functions_that_stay_torchs_are_reported():
             )
         ),
     ]
+
+
+def test_torchvisions_lines_are_not_torchs():
+    file = os.path.dirname(torch.__file__) + "vision/resnet.py"
+    forward = eval(compile("lambda m, x: torch.relu(m.conv(x) + 1)", file, "eval"), {"torch": torch})
+    ((_, why),) = fastnn.convert(WithForward(forward, conv=conv())).left_alone
+    assert "(resnet.py:1)" in why
 
 
 def test_criterion_and_single_modules():
