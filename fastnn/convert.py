@@ -55,7 +55,8 @@ class ConversionReport:
     Attributes:
         swapped: the modules whose class is now fastnn's, and that class.
         fused: the convolutions that take over what follows them, and what that is.
-        left_alone: what could have been swapped or fused and was not, and why.
+        left_alone: what could have been swapped or fused and was not, and why; functions of torch's that fastnn has too
+            are seen where torch.fx traced the call.
     """
 
     swapped: list[tuple[str, str]] = field(default_factory=list)
@@ -258,6 +259,12 @@ _RELUS_IN_PLACE = (torch.relu_, Tensor.relu_, F.relu_)
 _RELUS = (native_functional.relu, torch.relu, Tensor.relu, F.relu, *_RELUS_IN_PLACE)
 _IDENTITY = _Step("Identity")  # of the search only: it returns the very tensor it is given
 _MAX_POOLS = (native_functional.max_pool2d, torch.max_pool2d, F.max_pool2d)
+_FUNCTIONS = {
+    "conv2d": (native_functional.conv2d, torch.conv2d),
+    "relu": _RELUS,
+    "max_pool2d": _MAX_POOLS,
+    "cross_entropy": (native_functional.cross_entropy,),
+}
 _OTHER_MAX_POOL = _Step(
     f"a max-pool with padding, dilation, ceil_mode, indices or a window over {LARGEST_FUSED_WINDOW}"
 )
@@ -500,9 +507,22 @@ def _is_opaque(module: native.Module) -> bool:
     )
 
 
+_NOT_THE_USERS = (os.path.join(os.path.dirname(torch.__file__), ""), __file__)  # torchvision is one of the users
+
+
 class _Tracer(fx.Tracer):
+    """Notes where each call was made."""
+
     def is_leaf_module(self, m: native.Module, module_qualified_name: str) -> bool:
         return _is_opaque(m)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        frame = sys._getframe()
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+            frame = frame.f_back
+        node.meta["where"] = frame.f_code.co_filename, frame.f_lineno
+        return node
 
 
 def _trace(model: native.Module) -> fx.Graph:
@@ -530,10 +550,13 @@ def _trace(model: native.Module) -> fx.Graph:
 
 def _why_untraceable(error: Exception) -> str:
     """The error's first line, and the line of the user's code that led to it."""
-    ours = (os.path.dirname(torch.__file__), __file__)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_USERS)]
     where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     return f"torch.fx cannot trace it{where}: {(str(error) or type(error).__name__).splitlines()[0]}"
+
+
+def _function_of_node(node: fx.Node) -> Any:
+    return getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
 
 
 def _step_of_node(node: fx.Node, operand: fx.Node, module: native.Module | None) -> _Step | None:
@@ -542,8 +565,7 @@ def _step_of_node(node: fx.Node, operand: fx.Node, module: native.Module | None)
         return None
     if module is not None:
         return _step_of_module(module)
-    function = getattr(Tensor, str(node.target), None) if node.op == "call_method" else node.target
-    step = _step_of_call(function, node.args[1:], node.kwargs)
+    step = _step_of_call(_function_of_node(node), node.args[1:], node.kwargs)
     return None if step is not None and step.norm else step  # whose tensors are not known
 
 
@@ -553,6 +575,7 @@ class _Chain(NamedTuple):
     fusion: Fusion
     stopped: str
     leaves: bool  # the traced part, so that what is to come is not known
+    taken: tuple[fx.Node, ...]  # the calls of the steps
 
 
 @dataclass
@@ -564,6 +587,7 @@ class _Search:
     report: ConversionReport
     chains: dict[native.Module, list[_Chain]] = field(default_factory=dict)
     seen: set[native.Module] = field(default_factory=set)
+    functions: dict[tuple[str, str], list[fx.Node]] = field(default_factory=dict)  # by module's and function's name
 
     def look_through(self, part: native.Module) -> bool:
         """Follows the convolutions in ``part``, in its graph or, where it has none, in those of its children; returns
@@ -590,6 +614,7 @@ class _Search:
         leaves = False
         for node in graph.nodes:
             if node.op != "call_module":
+                self._note_function(node, part)
                 continue
             module = part.get_submodule(node.target)
             if _own_class(type(module)) is nn.Conv2d:
@@ -599,6 +624,16 @@ class _Search:
             else:  # a wrapper, if there is a convolution in it
                 self.look_through(module)
         return leaves
+
+    def _note_function(self, node: fx.Node, part: native.Module) -> None:
+        """Notes a call of a function of torch's that fastnn has too. fastnn's, given a symbolic value, call torch's."""
+        op = next((op for op, functions in _FUNCTIONS.items() if _function_of_node(node) in functions), None)
+        if op is None or node.meta["where"][0] == F.__file__:
+            return
+        within = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        module = part.get_submodule(within[-1] if within else "")
+        if not isinstance(module, tuple(_SWAPS)):
+            self.functions.setdefault((self.names[module], op), []).append(node)
 
     def _follow(self, node: fx.Node, part: native.Module) -> _Chain:
         def called(node: fx.Node) -> native.Module | None:
@@ -612,6 +647,7 @@ class _Search:
         norm: tuple[native.BatchNorm2d, ...] = ()
         steps: list[_Step] = []
         passed = {conv}
+        taken: list[fx.Node] = []
         stopped = ""
         while not stopped:
             found = ((user, _step_of_node(user, node, called(user))) for user in node.users)
@@ -638,15 +674,17 @@ class _Search:
                 elif step != _IDENTITY:
                     steps.append(step)
                 passed |= crossed
+                taken.append(user)
                 node = user
         leaves = not stopped and len(steps) < 2 and any(user.op == "output" for user in node.users)
         through = tuple(module for module in self.names if module in passed)
-        return _Chain(Fusion(norm, tuple(steps) if _RELU in steps else (), through), stopped, leaves)
+        return _Chain(Fusion(norm, tuple(steps) if _RELU in steps else (), through), stopped, leaves, tuple(taken))
 
     def fuse(self) -> None:
+        fused: set[fx.Node] = set()
         for module, chains in self.chains.items():
             conv: Any = module
-            (norm, steps, _), stopped, _ = chains[0]
+            (norm, steps, _), stopped, *_ = chains[0]
             through = {each: None for chain in chains for each in chain.fusion.passes_through}
             fusion = Fusion(norm, steps, tuple(through))
             if any(chain.fusion[:2] != fusion[:2] for chain in chains):
@@ -655,5 +693,14 @@ class _Search:
                 _set_class(conv, FusedConv2d)
                 conv._fusion, conv._folded = fusion, None
                 self.report.fused.append((self.names[conv], str(fusion)))
+            if fusion.steps:
+                fused.update(*(chain.taken for chain in chains))
             if stopped:
                 self.report.left_alone.append((self.names[conv], stopped))
+        for (name, op), nodes in self.functions.items():
+            places = [node.meta["where"] for node in nodes if node not in fused]
+            if places:
+                where = f"{os.path.basename(places[0][0])}:{places[0][1]}"
+                times = f", {len(places)} calls" if len(places) > 1 else ""
+                why = f"its forward calls torch's {op} ({where}{times}): call fastnn.nn.functional's"
+                self.report.left_alone.append((name, why))

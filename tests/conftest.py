@@ -140,3 +140,12 @@ def no_tf32():
     allow_tf32(False)
     yield
     allow_tf32(True)
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    """Of a process group of this process alone."""
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()

@@ -25,6 +25,7 @@ from image_classification import CNN
 
 import fastnn.nn as nn
 import fastnn.optim
+from benchmarks.harness import native_calls
 
 WRAPPERS = ("ddp", "fsdp")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -69,7 +70,8 @@ def main(file: str) -> None:
     for wrapper in WRAPPERS:
         for name in OPTIMIZERS:
             whole = build(name, wrapper)
-            train(*whole, range(STEPS // 2), dist.get_rank(), dist.get_world_size())
+            with native_calls() as native:
+                train(*whole, range(STEPS // 2), dist.get_rank(), dist.get_world_size())
             folder = [tempfile.mkdtemp()]
             dist.broadcast_object_list(folder)
             dcp.save(dict(zip(("model", "optimizer"), get_state_dict(*whole), strict=True)), checkpoint_id=folder[0])
@@ -80,7 +82,7 @@ def main(file: str) -> None:
             dcp.load(state, checkpoint_id=folder[0])
             set_state_dict(*resumed, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
             train(*resumed, range(STEPS // 2, STEPS), dist.get_rank(), dist.get_world_size())
-            found[wrapper, name] = {"whole": weights(whole[0]), "resumed": weights(resumed[0])}
+            found[wrapper, name] = {"whole": weights(whole[0]), "resumed": weights(resumed[0]), "native": native}
     if dist.get_rank() == 0:
         torch.save(found, file)
     dist.destroy_process_group()

@@ -1,8 +1,8 @@
 """torch.compile(fullgraph=True) and torch.export: values and gradients as in eager, through the same kernels, with at
 most one recompilation over three batch sizes.
 
-Most tests compile with aot_eager, all of the compiler but its last stage, which takes g++ seconds a graph; the user's
-program goes through the whole of it.
+Most tests compile with aot_eager, all of the compiler but its last stage, which takes g++ seconds a graph. Through the
+whole of it, inductor, go each operator, the user's program, the optimizers' steps and one of transformers' models.
 """
 
 from __future__ import annotations
@@ -46,9 +46,14 @@ def results(function: Callable[..., Tensor], inputs: tuple[Any, ...], parameters
     return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
 
 
-def check(function: Callable[..., Tensor], inputs: Callable[[int], tuple[Any, ...]], expected: set[str]) -> None:
+def check(
+    function: Callable[..., Tensor],
+    inputs: Callable[[int], tuple[Any, ...]],
+    expected: set[str],
+    backend: str = "aot_eager",
+) -> None:
     parameters = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for n in BATCHES:
         args = inputs(n)
@@ -99,6 +104,11 @@ CALLS = {
     "nn.MaxPool2d": (nn.MaxPool2d(2), lambda n: (randn(n, 3, 9, 8),), POOL),
     "nn.ConvReLU2d": (nn.ConvReLU2d(3, 4, 3, groups=1).double(), lambda n: (randn(n, 3, 8, 8),), CONV),
     "nn.ConvReLUMaxPool2d": (nn.ConvReLUMaxPool2d(3, 4, 3).double(), lambda n: (randn(n, 3, 8, 8),), POOLED),
+    "nn.Sequential": (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU()).double(),
+        lambda n: (randn(n, 3, 9, 8),),
+        POOLED | CONV,
+    ),
     "nn.CrossEntropyLoss": (nn.CrossEntropyLoss(), lambda n: (randn(n, 5), torch.arange(n) % 5), LOSS),
     # What no kernel covers is compiled natively.
     "integers": (lambda x, y: x * F.relu(y), lambda n: (randn(n, 5), torch.arange(5)), set()),
@@ -113,6 +123,21 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_calls(name):
     check(*CALLS[name])
+
+
+def test_every_operator_through_the_whole_compiler():
+    def all_of_them(x, w, b, v, target):
+        pooled = F.max_pool2d(F.conv2d_relu(x, w, b), 3, 2, 1)
+        again = F.relu(F.conv2d(pooled, v, padding=1) - 0.1)
+        return F.cross_entropy(F.conv2d_relu_max_pool2d(again, v).flatten(1), target)
+
+    v = randn(4, 4, 3, 3)
+    check(
+        all_of_them,
+        lambda n: (randn(n, 3, 12, 12), W, B, v, torch.arange(n) % 4),
+        CONV | POOL | POOLED | LOSS,
+        "inductor",
+    )
 
 
 def test_per_sample_gradients():
@@ -172,8 +197,8 @@ def test_the_users_program(converted):
         ("SGD", {"momentum": 0.9, "lr_in_velocity": True}),
     ],
 )
-@pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
-def test_optimizer_steps(name, kwargs, tensor_lr):
+@pytest.mark.parametrize(("tensor_lr", "backend"), [(False, "inductor"), (True, "aot_eager")])
+def test_optimizer_steps(name, kwargs, tensor_lr, backend):
     """Bit for bit what the eager step gives, over changes of lr, compiled again for the first of them at the most (and
     for momentum's first step)."""
     values = [torch.randn(4, 3), randn(5)]
@@ -183,7 +208,7 @@ def test_optimizer_steps(name, kwargs, tensor_lr):
         )
         for _ in range(2)
     )
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     step = torch.compile(compiled.step, fullgraph=True, backend=counter)
     for i in range(10):
         for optimizer in (eager, compiled):
@@ -219,13 +244,17 @@ def test_optimizer_steps_that_are_natives():
         torch.testing.assert_close(o, n)
 
 
+EXPORTED = {name: call for name, call in CALLS.items() if isinstance(call[0], torch.nn.Module)}
+
+
 @pytest.mark.parametrize("strict", [False, True])
-def test_export(strict):
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.ConvReLU2d(4, 4, 3), nn.ConvReLUMaxPool2d(4, 2, 3)
-    ).double()
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export(name, strict):
+    module, inputs, _ = EXPORTED[name]
     batch = torch.export.Dim("batch", min=1)
-    exported = torch.export.export(model, (randn(2, 3, 12, 12),), dynamic_shapes=[{0: batch}], strict=strict).module()
+    args = inputs(BATCHES[0])
+    shapes = tuple({0: batch} for _ in args)
+    exported = torch.export.export(module, args, dynamic_shapes=shapes, strict=strict).module()
     for n in BATCHES:
-        x = randn(n, 3, 12, 12)
-        torch.testing.assert_close(exported(x), model(x))
+        args = inputs(n)
+        torch.testing.assert_close(exported(*args), module(*args), rtol=1e-12, atol=1e-12)

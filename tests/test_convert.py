@@ -1,13 +1,14 @@
 """fastnn.convert: what it swaps, what it fuses, what it leaves alone, that no result depends on it, and its undoing."""
 
 import copy
+import os
 import pickle
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
@@ -142,7 +143,7 @@ def test_one_convolution_called_twice(backend):
     model = WithForward(lambda m, x: F.relu(m.conv(F.relu(m.conv(x)))), conv=conv(3, 3))
     assert_converts(model, ["conv"])
     model = WithForward(lambda m, x: m.conv(F.relu(m.conv(x))), conv=conv(3, 3))
-    report, *_ = assert_converts(model, [], left_alone=["conv"])
+    report, *_ = assert_converts(model, [], left_alone=["conv", "(model)"])
     assert report.left_alone[0][1] == "called 2 times, and its results go on differently"
 
 
@@ -151,14 +152,14 @@ def test_result_used_elsewhere_is_left_alone(backend):
         y = m.conv(x)
         return F.relu(y) + y
 
-    report, *_ = assert_converts(WithForward(residual, conv=conv()), [], left_alone=["conv"])
-    assert report.left_alone == [("conv", "what goes into ReLU is used elsewhere too")]
+    report, *_ = assert_converts(WithForward(residual, conv=conv()), [], left_alone=["conv", "(model)"])
+    assert report.left_alone[0] == ("conv", "what goes into ReLU is used elsewhere too")
 
     def two_pools(m, x):
         y = F.relu(m.conv(x))
         return F.max_pool2d(y, 2).sum() + y
 
-    report, *_ = assert_converts(WithForward(two_pools, conv=conv()), ["conv"], left_alone=["conv"])
+    report, *_ = assert_converts(WithForward(two_pools, conv=conv()), ["conv"], left_alone=["conv", "(model)"])
     assert report.fused == [("conv", "Conv2d → ReLU")]
 
 
@@ -465,6 +466,42 @@ def test_forward_runs_as_written():
     assert not fastnn.convert(model).left_alone, "a stored result is no obstacle"
 
 
+def test_functions_that_stay_torchs_are_reported():
+    """Neither those that are fused, nor fastnn's, nor those of a module that the report names already."""
+
+    def forward(m, x):
+        y = fastnn.nn.functional.relu(F.relu(m.conv(x)) - 1)
+        y = (F.max_pool2d(y, 2) + 1).relu()
+        return m.block(F.conv2d(y, m.other.weight))
+
+    class Own(nn.ReLU):
+        def forward(self, input):
+            return super().forward(input)
+
+    block = WithForward(lambda m, x: m.own(torch.relu(x) - torch.relu_(x - 1)), own=Own())
+    model = WithForward(forward, conv=conv(), other=conv(4), block=block)
+    first, in_block = (f.__code__.co_firstlineno for f in (forward, block.function))
+    assert fastnn.convert(model).left_alone == [
+        ("block.own", "its class Own is not torch.nn's own"),
+        *(
+            (name, f"its forward calls torch's {what}): call fastnn.nn.functional's")
+            for name, what in (
+                ("(model)", f"relu (test_convert.py:{first + 2}"),
+                ("(model)", f"max_pool2d (test_convert.py:{first + 2}"),
+                ("(model)", f"conv2d (test_convert.py:{first + 3}"),
+                ("block", f"relu (test_convert.py:{in_block}, 2 calls"),
+            )
+        ),
+    ]
+
+
+def test_torchvisions_lines_are_not_torchs():
+    file = os.path.dirname(torch.__file__) + "vision/resnet.py"
+    forward = eval(compile("lambda m, x: torch.relu(m.conv(x) + 1)", file, "eval"), {"torch": torch})
+    ((_, why),) = fastnn.convert(WithForward(forward, conv=conv())).left_alone
+    assert "(resnet.py:1)" in why
+
+
 def test_criterion_and_single_modules():
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     report = fastnn.convert(criterion)
@@ -533,15 +570,6 @@ def test_stand_in_type_is_private():
 
 
 # ---- wrapped models ----
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory):
-    """A process group of this process alone."""
-    store = distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield distributed.init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
 
 
 def sharded(model, mesh, *layers):

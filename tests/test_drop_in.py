@@ -12,7 +12,7 @@ import pytest
 import torch
 from reference import mostly_big
 from torch import Tensor
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -115,6 +115,22 @@ def pickled(model: torch.nn.Module, x: Tensor) -> Tensor:
     return pickle.loads(pickle.dumps(model))(x)
 
 
+def pruned(model: torch.nn.Module, x: Tensor) -> Tensor:
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model(x)
+
+
+def made_without_memory(model: torch.nn.Module, x: Tensor) -> Tensor:
+    weights = model.state_dict()
+    model.to("meta").load_state_dict(weights, assign=True)
+    return model(x)
+
+
+def frozen_in_part(model: torch.nn.Module, x: Tensor) -> Tensor:
+    model[0].requires_grad_(False)
+    return model(x)
+
+
 def averaged(model: torch.nn.Module, x: Tensor) -> Tensor:
     average = AveragedModel(model)
     average.update_parameters(model)
@@ -134,6 +150,9 @@ USES = [
     hooked_at_its_tensors,
     copied,
     pickled,
+    pruned,
+    made_without_memory,
+    frozen_in_part,
     averaged,
 ]
 

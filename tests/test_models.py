@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastnn
 from benchmarks import machine, report
@@ -25,7 +26,7 @@ COUNTS = {
     "BERT, 4 layers": (2, 0, 0),
     "GPT-2, 4 layers": (2, 0, 0),
     "Wav2Vec2, 4 layers": (2, 0, 3),
-    "U-Net": (23, 10, 4),
+    "U-Net": (23, 10, 5),
 }
 
 
@@ -42,7 +43,10 @@ def test_training_beside_the_original(name, dtype):
         ours = trained(name, dtype, converted=True, tiny=True)
     assert not calls
     theirs = trained(name, dtype, converted=False, tiny=True)
-    assert largest(ours - theirs) <= TOLERANCE[dtype]
+    tolerance = TOLERANCE[dtype]
+    if name == "MobileNetV2" and dtype is torch.float32:  # its 52 normalizations over a few samples amplify rounding
+        tolerance = 4 * largest(theirs - trained(name, torch.float64, converted=False, tiny=True))
+    assert largest(ours - theirs) <= tolerance
 
 
 def test_what_is_converted(name):
@@ -59,6 +63,35 @@ def test_what_is_converted(name):
     with torch.no_grad():
         outputs = (task.logits(model.eval()(task.inputs)) for model in (task.model, original))
         torch.testing.assert_close(*outputs)
+
+
+COMPILED = {"ResNet-50": "inductor", "ViT, 4 layers": "aot_eager", "BERT, 4 layers": "aot_eager", "U-Net": "aot_eager"}
+
+
+@pytest.mark.parametrize(("name", "backend"), COMPILED.items(), indirect=["name"])
+def test_compiled(name, backend):
+    """Converted and compiled whole, in training mode: loss and gradients of the original, run eagerly."""
+    torch._dynamo.reset()
+    found = []
+    for converted in (False, True):
+        task, criterion = build(name, torch.float64, tiny=True), torch.nn.CrossEntropyLoss()
+        if converted:
+            fastnn.convert(task.model)
+            fastnn.convert(criterion)
+
+        def loss_of(inputs, target, task=task, criterion=criterion):
+            return criterion(task.logits(task.model(inputs)), target)
+
+        torch.manual_seed(0)  # of the dropouts
+        if converted:
+            counter = CompileCounterWithBackend(backend)
+            loss_of = torch.compile(loss_of, fullgraph=True, backend=counter)
+        loss = loss_of(task.inputs, task.target)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in task.model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    targets = {str(node.target) for graph in counter.graphs for node in graph.graph.nodes}
+    assert "fastnn.cross_entropy.default" in targets
 
 
 def test_left_alone():
@@ -88,4 +121,4 @@ def test_rows_of_the_table():
     row["native"] = 3e-7
     page = (machine.ROOT / "docs" / "models.md").read_text()
     written = report.replace_between(page, "models", table({"U-Net": row}))
-    assert "| U-Net | 23 | 10 | 4 | 1.50 | 0.50 | 2.00 | 1e-16 | 2e-07 | 3e-07 |\n<!-- /models -->" in written
+    assert "| U-Net | 23 | 10 | 5 | 1.50 | 0.50 | 2.00 | 1e-16 | 2e-07 | 3e-07 |\n<!-- /models -->" in written

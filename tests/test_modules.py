@@ -231,12 +231,41 @@ def test_sequential_raises_as_torch_does():
         assert errors[0] == errors[1]
 
 
-def test_sequential_traced_and_scripted():
+def test_sequential_traced():
     ours, _ = small(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2))
     x = torch.randn(1, 2, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(torch.fx.symbolic_trace(ours)(x), ours(x))
-    linear = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
-    torch.testing.assert_close(torch.jit.script(linear)(torch.ones(2, 3)), linear(torch.ones(2, 3)))
+
+
+# ---- TorchScript ----
+
+IMAGE = torch.linspace(-1, 1, 162, dtype=torch.float64).view(1, 2, 9, 9)
+SCRIPTED = {
+    "Conv2d": (lambda: nn.Conv2d(2, 3, 3), IMAGE),
+    "Conv2d, circular": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), IMAGE),
+    "Conv2d, same": (lambda: nn.Conv2d(2, 3, 3, padding="same"), IMAGE),
+    "ReLU": (nn.ReLU, IMAGE),
+    "ReLU, in place": (lambda: nn.Sequential(nn.Identity(), nn.ReLU(inplace=True)), IMAGE),
+    "MaxPool2d": (lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), IMAGE),
+    "MaxPool2d, indices": (lambda: nn.MaxPool2d(2, return_indices=True), IMAGE),
+    "ConvReLU2d": (lambda: nn.ConvReLU2d(2, 3, 3), IMAGE),
+    "ConvReLUMaxPool2d": (lambda: nn.ConvReLUMaxPool2d(2, 3, 3, pool_kernel_size=(2, 3), pool_stride=1), IMAGE),
+    "Sequential": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()), IMAGE),
+    "CrossEntropyLoss": (
+        lambda: nn.CrossEntropyLoss(torch.ones(2), label_smoothing=0.1),
+        IMAGE,
+        (IMAGE[:, 0] > 0).long(),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_scripted_saved_and_loaded(name, tmp_path):
+    build, *inputs = SCRIPTED[name]
+    module = build().double()
+    torch.jit.script(module).save(tmp_path / "module.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "module.pt")(*inputs), module(*inputs))
 
 
 def test_repr():

@@ -346,6 +346,42 @@ def test_the_profilers_trace_has_the_optimizers_kernel_and_its_shapes(name: str,
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
+def test_tensorboards_trace_of_a_training_step(tmp_path: Path) -> None:
+    nn = fastnn.nn
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(4, 5)]
+    model = nn.Sequential(*layers)
+    optimizer = fastnn.optim.Adam(model.parameters())
+    images, labels = torch.randn(2, 3, 6, 6), torch.tensor([0, 4])
+    to_tensorboard = torch.profiler.tensorboard_trace_handler(str(tmp_path))
+    recording = torch.profiler.schedule(wait=0, warmup=1, active=1)
+    with (
+        fastnn.backend("cpu"),
+        profile(
+            activities=[ProfilerActivity.CPU], schedule=recording, on_trace_ready=to_tensorboard, record_shapes=True
+        ) as profiler,
+    ):
+        for _ in range(2):
+            optimizer.zero_grad()
+            nn.CrossEntropyLoss()(model(images), labels).backward()
+            optimizer.step()
+            profiler.step()
+    (file,) = tmp_path.glob("*.pt.trace.json")  # the name that TensorBoard's plugin looks for
+    events = json.loads(file.read_text())["traceEvents"]
+    first = {e["name"]: e["args"]["Input Dims"][0] for e in events if e["name"].startswith("fastnn::")}
+    assert first == {
+        "fastnn::conv2d_relu_max_pool2d": [2, 3, 6, 6],
+        "fastnn::max_pool2d": [2, 4, 2, 2],
+        "fastnn::relu": [2, 4, 1, 1],
+        "fastnn::cross_entropy": [2, 5],
+        "fastnn::cross_entropy_backward": [],
+        "fastnn::relu_backward": [2, 4, 1, 1],
+        "fastnn::max_pool2d_backward": [2, 4, 1, 1],
+        "fastnn::conv2d_backward": [2, 4, 2, 2],
+        "fastnn::adam_": [[4, 3, 3, 3], [4], [5, 4], [5]],
+    }
+
+
 CONV = ([1, 1], [0, 0, 0, 0], [1, 1], 1)
 RAW = {
     "relu": lambda x: torch.ops.fastnn.relu(x),

@@ -4,10 +4,12 @@ the same signature and state_dict keys, so ``isinstance`` checks and saved weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
+from torch.nn import functional as native
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastnn.dispatch import use_kernels
@@ -19,6 +21,11 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def hooked(modules: Iterable[nn.Module]) -> bool:
     return any(getattr(module, hooks) for module in modules for hooks in HOOKS)
+
+
+def named(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of torch's under another name, by which TorchScript compiles it beside the one that replaces it here."""
+    return FunctionType(method.__code__, method.__globals__, name)
 
 
 def fusable_pool(
@@ -62,15 +69,23 @@ class Conv2d(nn.Conv2d):
     memory formats are covered. Raises what :class:`torch.nn.Conv2d` raises.
     """
 
+    _native_conv_forward = named("_native_conv_forward", nn.Conv2d._conv_forward)
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolve(self, F.conv2d, input, weight, bias)
+        if not is_scripting():
+            return convolve(self, F.conv2d, input, weight, bias)
+        return self._native_conv_forward(input, weight, bias)
 
 
 class ReLU(nn.ReLU):
     """:class:`torch.nn.ReLU` on fastnn's kernels: any shape and strides, in place if ``inplace``."""
 
+    _native_forward = named("_native_forward", nn.ReLU.forward)
+
     def forward(self, input: Tensor) -> Tensor:
-        return F.relu(input, self.inplace)
+        if not is_scripting():
+            return F.relu(input, self.inplace)
+        return self._native_forward(input)
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -79,10 +94,15 @@ class MaxPool2d(nn.MaxPool2d):
     float64, float32, bfloat16 and float16 run on the kernels, on the CPU; ``return_indices`` goes to native torch.
     """
 
-    def forward(self, input: Tensor) -> Any:
-        max_pool2d: Any = F.max_pool2d
-        window = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return max_pool2d(input, *window, ceil_mode=self.ceil_mode, return_indices=self.return_indices)
+    _native_forward = named("_native_forward", nn.MaxPool2d.forward)
+
+    # TorchScript finds out what it returns, which depends on return_indices.
+    def forward(self, input: Tensor):  # type: ignore[no-untyped-def]
+        if not is_scripting():
+            max_pool2d: Any = F.max_pool2d
+            window = (self.kernel_size, self.stride, self.padding, self.dilation)
+            return max_pool2d(input, *window, ceil_mode=self.ceil_mode, return_indices=self.return_indices)
+        return self._native_forward(input)
 
 
 class ConvReLU2d(Conv2d):
@@ -92,7 +112,9 @@ class ConvReLU2d(Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolve(self, F.conv2d_relu, input, weight, bias)
+        if not is_scripting():
+            return convolve(self, F.conv2d_relu, input, weight, bias)
+        return native.relu(self._native_conv_forward(input, weight, bias))
 
 
 class ConvReLUMaxPool2d(Conv2d):
@@ -129,8 +151,11 @@ class ConvReLUMaxPool2d(Conv2d):
         self.pool_stride = pool_kernel_size if pool_stride is None else pool_stride
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        pool = (self.pool_kernel_size, self.pool_stride)
-        return convolve(self, F.conv2d_relu_max_pool2d, input, weight, bias, *pool)
+        if not is_scripting():
+            pool = (self.pool_kernel_size, self.pool_stride)
+            return convolve(self, F.conv2d_relu_max_pool2d, input, weight, bias, *pool)
+        result = native.relu(self._native_conv_forward(input, weight, bias))
+        return native.max_pool2d(result, self.pool_kernel_size, self.pool_stride)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, pool_stride={self.pool_stride}"
@@ -144,9 +169,9 @@ class Sequential(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not is_scripting():
             return _run(list(self), input)
-        for module in self:  # by TorchScript
+        for module in self:
             input = module(input)
         return input
 

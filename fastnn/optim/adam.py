@@ -16,9 +16,9 @@ class Adam(FusedStep, torch.optim.Adam):
     A step is one pass over all the parameters of a group that have a gradient: float64, float32, bfloat16 or float16 on
     the CPU or a CUDA device, of any shape and strides, with state of the same dtype (16-bit types are updated in
     float32 and rounded once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes
-    :class:`torch.amp.GradScaler` leave the unscaling to the step, as in torch. Groups with other parameters or
-    gradients (complex, sparse, on another device, of a tensor subclass), ``differentiable`` ones and, on the CPU,
-    ``capturable`` ones are updated by torch.
+    :class:`torch.amp.GradScaler` leave the unscaling to the step, as in torch. Of a DTensor each process steps its own
+    shard. Groups with other parameters or gradients (complex, sparse, on another device, of another tensor subclass),
+    ``differentiable`` ones and, on the CPU, ``capturable`` ones are updated by torch.
 
     Raises:
         ValueError, TypeError, RuntimeError: what :class:`torch.optim.Adam` raises.

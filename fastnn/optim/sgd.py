@@ -18,9 +18,9 @@ class SGD(FusedStep, torch.optim.SGD):
     A step is one pass over all the parameters of a group that have a gradient: float64, float32, bfloat16 or float16 on
     the CPU or a CUDA device, of any shape and strides, with buffers of the same dtype (16-bit types are updated in
     float32 and rounded once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes
-    :class:`torch.amp.GradScaler` leave the unscaling to the step, as in torch. Groups with other parameters or
-    gradients (complex, sparse, on another device, of a tensor subclass) and ``differentiable`` ones are updated by
-    torch.
+    :class:`torch.amp.GradScaler` leave the unscaling to the step, as in torch. Of a DTensor each process steps its own
+    shard. Groups with other parameters or gradients (complex, sparse, on another device, of another tensor subclass)
+    and ``differentiable`` ones are updated by torch.
 
     Args:
         lr_in_velocity: ``True`` gives the classical form ``v = momentum * v - lr * g; p = p + v`` (first step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -58,7 +59,8 @@ class FusedStep(torch.optim.Optimizer):
     def _fused_step(self, group: dict[str, Any]) -> bool:
         """Whether the kernels made the group's step; where not, nothing has changed."""
         params, grads = params_and_grads(group)
-        if not use_kernels(self._op, *params[:1]):  # of the others the kernels themselves say whether they take them
+        # Of the others the kernels themselves say whether they take them.
+        if not use_kernels(self._op, *map(shard_of, params[:1])):
             return False
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
@@ -123,6 +125,24 @@ def states_of(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[di
     return [state.get(p, {}) for p in params]
 
 
+def shard_of(tensor: Any) -> Any:
+    """What this process holds of a DTensor; anything else as it is."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def sharded_alike(lists: Sequence[Sequence[Any]]) -> bool:
+    """Whether the step of the shards is the step of the whole: the DTensors of each parameter are laid out alike, and
+    none is a sum still to be made."""
+    for tensors in zip_longest(*lists):
+        layouts = {(t.device_mesh, t.placements) for t in tensors if hasattr(t, "to_local")}
+        if len(layouts) > 1 or any(placement.is_partial() for _, placements in layouts for placement in placements):
+            return False
+    return True
+
+
 def library_of(op: str, params: list[Tensor]) -> Any:
     """The module whose kernels serve these parameters past the dispatcher, if there is one."""
     return LIBRARIES.get(choice(op, params[0].device.type)[0])
@@ -136,6 +156,14 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
             getattr(torch.ops.fastnn, f"{op}_")(*lists, *options, *numbers.on_device)
         return True
     params = cast(list[Tensor], lists[0])
+    if hasattr(params[0], "to_local"):
+        if not sharded_alike(lists):
+            log_once(op, "the DTensors of a parameter differ in mesh or placements, or one is partial")
+            return False
+        if not updated(op, [list(map(shard_of, tensors)) for tensors in lists], options, numbers):
+            return False
+        increment_versions(lists, numbers)
+        return True
     library = library_of(op, params)
     try:
         if library is not None and not profiler_enabled():  # straight from the lists, past the dispatcher
@@ -145,7 +173,11 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
     except (library or _C).NotCovered as refusal:
         log_once(op, str(refusal))
         return False
+    increment_versions(lists, numbers)
+    return True
+
+
+def increment_versions(lists: Sequence[Sequence[Tensor | None]], numbers: Numbers) -> None:
     for i, changed in enumerate(lists):
         if i != 1 or numbers.scaled:
             torch.autograd.graph.increment_version(cast(Sequence[Tensor], changed))
-    return True
