@@ -293,6 +293,26 @@ def test_overflow_and_underflow(backend, dtype):
     assert_same(F.conv2d(x, w), exact.to(dtype), "output")
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [3, 40])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_what_is_beside_a_window_does_not_count(backend, dtype, channels, channels_last):
+    """Rows of odd length, of a window's terms and of positions: whatever is multiplied two by two has one too many."""
+    x, w = normals(dtype, (2, channels, 4, 7)), normals(dtype, (40, channels, 2, 3))
+    x[0, 0, 1, 6] = torch.inf
+    if channels_last:
+        x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
+    x.requires_grad_(), w.requires_grad_()
+    exact_x, exact_w = (to_float64(t).detach().requires_grad_() for t in (x, w))
+    output, exact = F.conv2d(x, w), native.conv2d(exact_x, exact_w)
+    grad = normals(dtype, tuple(output.shape))
+    grad[1, 2, 2, 2] = torch.nan
+    found = output, *torch.autograd.grad(output, (x, w), grad)
+    expected = exact, *torch.autograd.grad(exact, (exact_x, exact_w), to_float64(grad))
+    for name, ours, theirs in zip(("output", "grad_input", "grad_weight"), found, expected, strict=True):
+        assert_same(ours.isfinite(), theirs.isfinite(), name)
+
+
 @pytest.mark.big(emulated=True)
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_overflow_of_what_cancels(backend, dtype):
