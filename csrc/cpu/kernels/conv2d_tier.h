@@ -5,7 +5,8 @@
 //             of the source (NCHW, channels_last, any strides) and fused gradients' masks end here.
 //   2. tile   result tiles of MR channels x NV vectors of flat positions stay in registers over the whole reduction:
 //             each step loads NV vectors of one plane, broadcasts MR weights and does MR * NV FMAs, so loads are
-//             (MR + NV) / (MR * NV) of the FMAs: 7/12 for AVX2's 4 x 3, 11/24 for AVX-512's 8 x 3.
+//             (MR + NV) / (MR * NV) of the FMAs: 7/12 for AVX2's 4 x 3, 11/24 for AVX-512's 8 x 3. Where bfloat16 is
+//             multiplied in pairs (Operand in vec.h), a plane is one of two channels.
 //   3. write  the tiles pass through a scratch panel that stays in the cache, where max-pooling is taken, and leave in
 //             the result's layout.
 // Positions are flat: p = row * pitch + column, across the padding between rows, so a tile is full even where rows are
@@ -15,7 +16,8 @@
 // channels x NV vectors of source channels accumulates one tap's outer products over all positions of a block. Of few
 // channels, which would not fill the vectors: MR (channel, tap) pairs x NV vectors of result channels, if the
 // gradient's channels are contiguous; else MR result channels x NJ pairs accumulate vectors along the positions, and
-// are summed across lanes once a block. In both, the planes are packed as in the forward pass.
+// are summed across lanes once a block. In both, the planes are packed as in the forward pass; pixels of channels_last
+// are rows as they lie. Where bfloat16 is multiplied in pairs, outer products take two positions at a time.
 //
 // Operations: 2 * batch * out_channels * out_h * out_w * (in_channels / groups) * kernel_h * kernel_w a pass. Bytes:
 // each tensor once, plus a packed copy that stays in the cache; rows on a block's border are packed twice.
