@@ -111,8 +111,8 @@ if __name__ == "__main__":
     if mode == "1" and no_cuda:
         sys.exit(f"fastnn: FASTNN_CUDA=1, but {no_cuda}")
     print(
-        f"fastnn: torch {torch.__version__}, stable ABI 2.11, CPU kernels for avx512_bf16 + avx512 + avx2 + generic "
-        f"(chosen at run time), CUDA kernels {'off: ' + no_cuda if no_cuda else 'for ' + os.environ['TORCH_CUDA_ARCH_LIST']}, "
+        f"fastnn: torch {torch.__version__}, stable ABI 2.11, CPU kernels for avx512_bf16, avx512, avx2 and any "
+        f"other, CUDA kernels {'off: ' + no_cuda if no_cuda else 'for ' + os.environ['TORCH_CUDA_ARCH_LIST']}, "
         f"{os.environ['MAX_JOBS']} jobs" + (f", sanitizers {SANITIZE}" if SANITIZE else "")
     )
     cpu = extension("fastnn._C", ["*", "common/*", "cpu/**/*"], {"FASTNN_TORCH_VERSION": f'"{torch.__version__}"'})

@@ -490,8 +490,7 @@ bool run_winograd(const TapGrad& p, DType dtype, WinogradGrad& g) {
   return run_finite_tasks(g, kernels.run_grad[dtype]);
 }
 
-// A block of pixels in the L2 cache, and a panel of a window's weights, which each tile reads, near the L1 cache.
-constexpr int64_t kPointBytes = 256 << 10, kWindowBytes = 64 << 10;
+constexpr int64_t kPointBytes = 256 << 10;  // of a block of pixels, in the L2 cache
 
 // False where the taps are no window of neighbouring pixels or its pixels not the rows of a matrix, and where planes
 // serve a window better.
@@ -513,8 +512,7 @@ bool plan_pointwise(const TapConv& p, DType dtype, PointConv& w) {
   // Vectors of results are partly empty here, vectors of a plane's positions where there is padding between its rows.
   const int64_t element = accumulator_size(dtype), panel = pointwise_kernels().panel[element == 4];
   const int64_t results = ceil_div(p.group_results, panel / 2) * (panel / 2);
-  const int64_t weights = p.num_taps * p.group_channels / conv_kernels().terms[dtype] * panel * element;
-  return p.num_taps == 1 || (p.group_results * s.pitch >= results * p.cols && weights <= kWindowBytes);
+  return p.num_taps == 1 || p.group_results * s.pitch >= results * p.cols;
 }
 
 void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
@@ -536,6 +534,7 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
   p.channel_blocks = std::min(blocks, ceil_div(2 * threads, p.batch * p.row_blocks));
   const int64_t rows = (w.block_rows - 1) * s.step_h + w.window_h, cols = (w.block_cols - 1) * s.step_w + w.window_w;
   w.scratch = (by_channel ? rows * cols + 1 : ceil_div(w.block_cols, panel) * panel) * p.group_channels * element;
+  if (by_channel) w.scratch += w.block_rows * ceil_div(w.block_cols, tile) * tile * panel * element;  // sums of a panel
   const int64_t depth = p.group_channels * p.num_taps;
   const Scratch<char> packed(blocks * width * depth * element);
   torch::stable::parallel_for(0, blocks, ceil_div(4096, width * depth), [&](int64_t begin, int64_t end) {
@@ -550,11 +549,9 @@ void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t,
   const ConvKernels& kernels = conv_kernels();
   const int64_t element = accumulator_size(dtype);
   WinogradConv winograd = winograd_conv(p);
-  PointConv points;
-  // Winograd's convolution has fewer products, but not of pairs.
-  if (plan_pointwise(p, dtype, points) && (kernels.terms[dtype] > 1 || !is_winograd(winograd)))
-    return run_pointwise(points, dtype, weight, strides);
   if (is_winograd(winograd) && run_winograd(winograd, dtype, weight, strides)) return;
+  PointConv points;
+  if (plan_pointwise(p, dtype, points)) return run_pointwise(points, dtype, weight, strides);
   const int64_t depth = ceil_div(p.group_channels, kernels.terms[dtype]);
   plan(p, depth, element, kernels.lanes[element == 4], kernels.tile_results);
   const Scratch<char> packed(p.groups * p.group_results * depth * p.num_taps * element);

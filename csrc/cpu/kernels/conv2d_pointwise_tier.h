@@ -20,6 +20,8 @@ constexpr int kRows = 12;
 constexpr int kRows = 6;
 #endif
 
+constexpr int64_t kPassBytes = 16 << 10;
+
 // What operands are read from: a type of which kTermsOf<P> neighbours are one.
 template <class P>
 struct ElementOf {
@@ -46,6 +48,8 @@ struct RowTile {
   int64_t result_pitch;
   int lanes;  // of the two vectors
   bool relu;
+  bool first, last;  // of the passes that make the sums, which are in `partial` between two of them
+  A* partial;
   int64_t ahead;  // bytes to fetch each step, behind the rows
 };
 
@@ -73,9 +77,12 @@ void multiply_rows(const RowTile<T>& b) {
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) {
     const int lanes = int(least(L, b.lanes - v * L));
-    const Vec<A> start = by_channel && b.bias ? load_n(b.bias + v * L, lanes) : Vec<A>{};
+    const Vec<A> start = by_channel && b.first && b.bias ? load_n(b.bias + v * L, lanes) : Vec<A>{};
 #pragma GCC unroll 12
-    for (int n = 0; n < NR; ++n) sum[n][v] = !by_channel && b.bias ? splat(b.bias[n]) : start;
+    for (int n = 0; n < NR; ++n)
+      sum[n][v] = !by_channel && b.bias    ? splat(b.bias[n])
+                  : !by_channel || b.first ? start
+                                           : load(b.partial + (n * NV + v) * L);
   }
   const P* panel = b.panel;
   const int64_t pitch = by_channel ? b.row_pitch : kTerms;
@@ -96,6 +103,13 @@ void multiply_rows(const RowTile<T>& b) {
         panel += 2 * L;
       }
   }
+  if (by_channel && !b.last) {
+#pragma GCC unroll 12
+    for (int n = 0; n < NR; ++n)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) store(b.partial + (n * NV + v) * L, sum[n][v]);
+    return;
+  }
 #pragma GCC unroll 12
   for (int n = 0; n < NR; ++n)
 #pragma GCC unroll 2
@@ -115,29 +129,37 @@ FASTNN_INLINE void multiply_rows_of(int64_t rows, const RowTile<T>& b) {
     multiply_rows<T, by_channel, NR, 1>(b);
 }
 
+FASTNN_INLINE float element_of(float value, float) { return value; }
+FASTNN_INLINE double element_of(double value, double) { return value; }
+template <class T>
+FASTNN_INLINE float element_of(T value, float) {
+  return to_accumulator(value);
+}
+FASTNN_INLINE bf16 element_of(bf16 value, bf16) { return value; }
+
 // Blocks [begin, end) of `width` results: packed[block][run][operand][width]. strides: of group (there is one), result
 // and channel.
 template <class T>
 void pack_points_weight(const PointConv& w, int64_t width, const void* weight_, const int64_t* strides, void* packed_,
                         int64_t begin, int64_t end) {
   using P = Operand<T>;
+  using E = Element<P>;
+  constexpr int kTerms = kTermsOf<P>;
   const TapConv& p = w.conv;
   const T* weight = static_cast<const T*>(weight_);
-  const int64_t terms = w.window_w * p.group_channels;
-  P* packed = static_cast<P*>(packed_) + begin * width * w.window_h * operands<P>(terms);
-  for (int64_t block = begin; block < end; ++block)
-    for (int64_t run = 0; run < w.window_h; ++run)
-      for (int64_t term = 0; term < terms; term += kTermsOf<P>)
-        for (int64_t k = 0; k < width; ++k, ++packed) {
-          const int64_t m = block * width + k;
-          T elements[kTermsOf<P>] = {};
-          for (int64_t i = 0; i < least(kTermsOf<P>, terms - term) && m < p.group_results; ++i) {
-            const int64_t tap = run * w.window_w + (term + i) / p.group_channels;
-            const int64_t channel = (term + i) % p.group_channels;
-            elements[i] = weight[m * strides[1] + channel * strides[2] + p.taps[tap].weight];
-          }
-          *packed = operand<T, P>(elements, 1, nullptr, 0, kTermsOf<P>);
-        }
+  const int64_t channels = p.group_channels, depth = operands<P>(w.window_w * channels);
+  for (int64_t block = begin; block < end; ++block) {
+    E* packed = static_cast<E*>(packed_) + block * w.window_h * depth * width * kTerms;
+    for (int64_t i = 0; i < w.window_h * depth * width * kTerms; ++i) packed[i] = {};
+    for (int64_t k = 0; k < least(width, p.group_results - block * width); ++k)
+      for (int64_t tap = 0; tap < p.num_taps; ++tap) {
+        const T* from = weight + (block * width + k) * strides[1] + p.taps[tap].weight;
+        E* to = packed + (tap / w.window_w * depth * width + k) * kTerms;
+        int64_t term = tap % w.window_w * channels;
+        for (int64_t c = 0; c < channels; ++c, ++term)
+          to[term / kTerms * width * kTerms + term % kTerms] = element_of(from[c * strides[2]], E{});
+      }
+  }
 }
 
 // A task's rows [first_row, last_row) of an image's results, and its blocks of result channels.
@@ -199,9 +221,13 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
   const Planes& s = p.planes;
   const bool in_place = !w.padded && sizeof(E) == sizeof(T) && !p.source.relu_output &&
                         w.window_w * channels % kTermsOf<P> == 0 && (w.window_w == 1 || p.source.stride.w == channels);
-  E* const copied = static_cast<E*>(scratch);
+  A* const partial = static_cast<A*>(scratch);
+  E* const copied = reinterpret_cast<E*>(partial + w.block_rows * ceil_div(w.block_cols, kRows) * kRows * kWidth);
   RowTile<T> b;
-  b.runs = w.window_h, b.terms = w.window_w * channels, b.result_pitch = p.result.stride.w, b.relu = p.relu;
+  b.result_pitch = p.result.stride.w, b.relu = p.relu;
+  // A pass takes as many runs, or as much of one, as its part of the weights stays in the L1 cache for all the tiles.
+  const int64_t terms = w.window_w * channels, pass_terms = kPassBytes / (kWidth * int64_t(sizeof(P))) * kTermsOf<P>;
+  const int64_t pass_runs = most(1, pass_terms / terms);
   b.row_pitch = s.step_w * (in_place ? p.source.stride.w : channels);
   for (int64_t index = begin; index < end; ++index) {
     const PointTask task(w, ceil_div(p.group_results, kWidth), index);
@@ -209,6 +235,8 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
     for (int64_t x = 0; x < p.cols; x += w.block_cols) {
       const int64_t count = least(w.block_cols, p.cols - x), cols = (count - 1) * s.step_w + w.window_w;
       const int64_t source_x = x * s.step_w - s.origin_w;
+      // Cut evenly: a tile of few rows has too few sums to hide an FMA's latency.
+      const int64_t tile = ceil_div(count, ceil_div(count, kRows));
       b.run_pitch = in_place ? p.source.stride.h : cols * channels;
       const E* pixels = copied;
       if (in_place)
@@ -218,16 +246,23 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
         copy_pixels<T>(p, task.n, y, (rows - 1) * s.step_h + w.window_h, source_x, cols, copied);
       for (int64_t panel = task.first; panel < task.last; ++panel) {
         const int64_t m = panel * kWidth;
-        b.panel = static_cast<const P*>(p.weight) + m * depth;
+        const P* weight = static_cast<const P*>(p.weight) + m * depth;
         b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
         b.lanes = int(least(kWidth, p.group_results - m));
         b.ahead = in_place && panel == task.first ? kRows * int64_t(sizeof(P)) : 0;
-        for (int64_t row = 0; row < rows; ++row)
-          for (int64_t i = 0; i < count; i += kRows) {
-            b.rows = pixels + row * s.step_h * b.run_pitch + i * b.row_pitch;
-            b.result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n +
-                       (task.first_row + row) * p.result.stride.h + (x + i) * b.result_pitch + m;
-            multiply_rows_of<T, true, kRows>(least(kRows, count - i), b);
+        for (int64_t run = 0; run < w.window_h; run += pass_runs)
+          for (int64_t term = 0; term < terms; term += pass_terms) {
+            b.runs = least(pass_runs, w.window_h - run), b.terms = least(pass_terms, terms - term);
+            b.first = run == 0 && term == 0, b.last = run + b.runs == w.window_h && term + b.terms == terms;
+            b.panel = weight + (run * operands<P>(terms) + term / kTermsOf<P>)*kWidth;
+            b.partial = partial;
+            for (int64_t row = 0; row < rows; ++row)
+              for (int64_t i = 0; i < count; i += tile, b.partial += tile * kWidth) {
+                b.rows = pixels + (row * s.step_h + run) * b.run_pitch + i * b.row_pitch + term;
+                b.result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n +
+                           (task.first_row + row) * p.result.stride.h + (x + i) * b.result_pitch + m;
+                multiply_rows_of<T, true, kRows>(least(tile, count - i), b);
+              }
           }
       }
     }
@@ -250,7 +285,7 @@ void run_points_by_column(const PointConv& w, void* scratch, int64_t begin, int6
   const int64_t channels = p.group_channels, depth = operands<P>(channels);
   P* const panels = static_cast<P*>(scratch);
   RowTile<T> b;
-  b.runs = 1, b.terms = channels, b.result_pitch = p.result.stride.c, b.relu = p.relu;
+  b.runs = 1, b.terms = channels, b.result_pitch = p.result.stride.c, b.relu = p.relu, b.last = true;
   for (int64_t index = begin; index < end; ++index) {
     const PointTask task(w, ceil_div(p.group_results, kRows), index);
     const int64_t y = task.first_row, source_y = y * p.planes.step_h;
