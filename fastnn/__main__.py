@@ -47,11 +47,10 @@ def facts() -> dict[str, Any]:
     }
 
 
-def device_of(backend: str) -> str:
-    """The device type that ``backend`` would run on here."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    here = "cpu" if accelerator is None else accelerator.type
-    return here if here in FORCED_DEVICES[backend] else FORCED_DEVICES[backend][0]
+def device_of(backend: str) -> torch.device:
+    """The device that ``backend`` would run on here."""
+    here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return here if here.type in FORCED_DEVICES[backend] else torch.device(FORCED_DEVICES[backend][0])
 
 
 def table() -> dict[str, dict[str, str]]:

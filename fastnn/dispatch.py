@@ -64,22 +64,22 @@ LIBRARIES: dict[str, Any] = {"cpu": _C}
 CUDA_OFF = _load_cuda()
 
 
-def why_off(backend: str, op: str, device_type: str) -> str | None:
-    """Why the kernels of ``backend`` cannot serve ``op`` on tensors of ``device_type``; None if they can."""
+def why_off(backend: str, op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the kernels of ``backend`` cannot serve ``op`` on tensors of this device and dtype; None if they can."""
     if op not in KERNELS[backend]:
         return "it has no kernel of this op"
-    if device_type not in FORCED_DEVICES[backend]:
-        return f"it has no kernels for {device_type} tensors"
+    if device.type not in FORCED_DEVICES[backend]:
+        return f"it has no kernels for {device.type} tensors"
     if backend == "cuda":
         return CUDA_OFF
-    return triton.why_off(device_type) if backend == "triton" else None
+    return triton.why_off(op, device, dtype) if backend == "triton" else None
 
 
 # ---- the choice ----
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 _logged: set[tuple[str, str]] = set()
-_choices: dict[tuple[str, str, str | None], tuple[str, str]] = {}
+_choices: dict[tuple[str, torch.device, torch.dtype, str | None], tuple[str, str]] = {}
 
 
 def _checked(name: object, source: str) -> str:
@@ -142,29 +142,32 @@ def log_once(op: str, reason: str) -> None:
         logger.debug("%s: native torch, because %s", op, reason)
 
 
-def choice(call: str, device_type: str) -> tuple[str, str]:
-    """The backend that serves ``call`` on tensors of ``device_type``, and why none but ``'torch'`` does."""
+def choice(call: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that serves ``call`` on tensors of this device and dtype, and why none but ``'torch'`` does."""
     name = forced()
-    key = (call, device_type, name)
+    key = (call, device, dtype, name)
     if key not in _choices:
         op = next(op for op in OPERATORS if call.startswith(op))  # conv2d_relu is one of conv2d's
-        candidates = [b for b in KERNELS if device_type in DEVICES[b]] if name is None else [name]
-        reasons = {b: why_off(b, op, device_type) for b in candidates if b != "torch"}
+        candidates = [b for b in KERNELS if device.type in DEVICES[b]] if name is None else [name]
+        reasons = {b: why_off(b, op, device, dtype) for b in candidates if b != "torch"}
         served = next((b for b, reason in reasons.items() if reason is None), None)
         if served is not None:
             _choices[key] = served, ""
         elif reasons:
             _choices[key] = "torch", "; ".join(f"{b} is off: {reason}" for b, reason in reasons.items())
         else:
-            _choices[key] = "torch", "" if name == "torch" else f"device {device_type} has no kernel"
+            _choices[key] = "torch", "" if name == "torch" else f"device {device.type} has no kernel"
     return _choices[key]
 
 
 choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _device_type(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """Where the tensors of a call are; None, logged, if no kernel takes them, wherever they are."""
+_ON_CPU = (torch.device("cpu"), torch.float32)
+
+
+def _kind(op: str, tensors: tuple[Tensor | None, ...]) -> tuple[torch.device, torch.dtype] | None:
+    """The device and dtype of a call's tensors; None, logged, if no kernel takes them, whatever these are."""
     first: Tensor | None = None
     for tensor in tensors:
         if tensor is None:
@@ -185,7 +188,7 @@ def _device_type(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
             first = first if first is not None else tensor
             continue
         return None
-    return "cpu" if first is None else first.device.type
+    return _ON_CPU if first is None else (first.device, first.dtype)
 
 
 def use_kernels(op: str, *tensors: Tensor | None) -> bool:
@@ -196,25 +199,25 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
     """
     # Mostly one question to C; the compiler cannot look into that, and asks in Python.
     compiling = torch.compiler.is_compiling()
-    plain = not compiling and _C.are_plain(*tensors)
-    device_type = "cpu" if plain else _device_type(op, tensors)
-    if device_type is None:
+    plain = not compiling and forced() is None and _C.are_plain(*tensors)
+    kind = _ON_CPU if plain else _kind(op, tensors)
+    if kind is None:
         return False
     if not compiling and torch._C._is_tracing():  # would record a call past the dispatcher as a constant
         log_once(op, "of torch.jit.trace")
         return False
-    if forced() is not None or device_type != "cpu":  # else the CPU's kernels, which are always there
-        backend, reason = choice(op, device_type)
-        if backend == "torch":
-            if reason:
-                log_once(op, reason)
-            return False
     if torch._C._are_functorch_transforms_active():
         log_once(op, "of a torch.func transform")
         return False
     if forward_ad._current_level >= 0:
         log_once(op, "of forward-mode AD")
         return False
+    if forced() is not None or kind[0].type != "cpu":  # else the CPU's kernels, which are always there
+        backend, reason = choice(op, *kind)
+        if backend == "torch":
+            if reason:
+                log_once(op, reason)
+            return False
     return True
 
 
@@ -245,10 +248,10 @@ def kernel(operator: str) -> Callable[..., Any]:
 def _register() -> None:
     """Triton's functions for the devices that have no compiled kernels; nothing of Triton is loaded by this."""
 
-    def loading(operator: str) -> Callable[..., Any]:
+    def loading(op: str, operator: str) -> Callable[..., Any]:
         def load_and_call(*args: Any) -> Any:
             tensor = next(t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor))
-            if reason := triton.why_off(tensor.device.type):
+            if reason := triton.why_off(op, tensor.device, tensor.dtype):
                 raise NotImplementedError(f"fastnn::{operator}: no compiled kernels, and triton is off: {reason}")
             return triton.function(operator)(*args)
 
@@ -260,7 +263,7 @@ def _register() -> None:
             for device_type in DEVICES["triton"]:
                 compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{operator}", device_type.upper())
                 if op in KERNELS["triton"] and not compiled:
-                    torch.library.impl(f"fastnn::{operator}", device_type, loading(operator))
+                    torch.library.impl(f"fastnn::{operator}", device_type, loading(op, operator))
 
 
 _register()

@@ -80,8 +80,8 @@ def test_choice(monkeypatch, forced, device, expected):
     monkeypatch.setattr(dispatch, "_choices", {})
     monkeypatch.setitem(dispatch.KERNELS, "cuda", ("relu",))
     with dispatch.forced_to(forced):
-        assert dispatch.choice("relu", device) == expected
-        assert dispatch.choice("relu", device) == expected
+        assert dispatch.choice("relu", torch.device(device), torch.float32) == expected
+        assert dispatch.choice("relu", torch.device(device), torch.float32) == expected
 
 
 @pytest.mark.parametrize(
@@ -94,13 +94,14 @@ def test_choice(monkeypatch, forced, device, expected):
 )
 def test_compiled_kernels_come_first_then_triton_then_native(monkeypatch, off, expected):
     monkeypatch.setattr(dispatch, "_choices", {})
-    monkeypatch.setattr(dispatch, "why_off", lambda backend, op, device_type: off.get(backend))
-    assert dispatch.choice("conv2d_relu", "cuda") == expected
+    monkeypatch.setattr(dispatch, "why_off", lambda backend, *_: off.get(backend))
+    assert dispatch.choice("conv2d_relu", torch.device("cuda", 0), torch.float32) == expected
 
 
 @pytest.mark.parametrize("name", ["cpu", "torch"])
 def test_forced_by_the_environment(name):
-    done = python("-c", "import fastnn.dispatch as d; print(d.choice('relu', 'cpu')[0])", FASTNN_BACKEND=name)
+    program = "import torch, fastnn.dispatch as d; print(d.choice('relu', torch.device('cpu'), torch.float32)[0])"
+    done = python("-c", program, FASTNN_BACKEND=name)
     assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
 
 
@@ -119,7 +120,7 @@ def test_backward_runs_where_forward_was_forced_to(monkeypatch):
         return getattr(torch.ops.fastnn, operator)
 
     monkeypatch.setattr(fastnn.triton, "function", function)
-    monkeypatch.setitem(dispatch._choices, ("relu", "cpu", "triton"), ("triton", ""))
+    monkeypatch.setitem(dispatch._choices, ("relu", *dispatch._ON_CPU, "triton"), ("triton", ""))
     x = torch.randn(5, requires_grad=True)
     with fastnn.backend("triton"):
         y = F.relu(x)
@@ -210,7 +211,7 @@ F32 = torch.ones(2, 3)
     ],
 )
 def test_the_question_to_c_is_answered_as_in_python(tensors):
-    assert dispatch._C.are_plain(*tensors) == (dispatch._device_type("relu", tensors) == "cpu")
+    assert dispatch._C.are_plain(*tensors) == ((dispatch._kind("relu", tensors) or [None])[0] == torch.device("cpu"))
 
 
 # ---- Triton that does not work ----
@@ -241,9 +242,87 @@ def test_triton_that_does_not_work_is_off_with_a_reason(tmp_path, fake):
     assert line.startswith(f"relu: native torch, because triton is off: {reason}")
 
 
-def test_triton_that_is_missing(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert fastnn.triton.why_off.__wrapped__("cpu") == "triton is not installed"
+@needs_triton
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="CPU tensors need the interpreter")
+@pytest.mark.parametrize(
+    ("op", "kernel"),
+    [
+        ("conv2d", "grad_weight_kernel"),
+        ("relu", "backward_kernel"),
+        ("cross_entropy", "backward_kernel"),
+        ("adam", "update_kernel"),
+        ("sgd", "update_kernel"),
+    ],
+)
+def test_a_kernel_that_does_not_compile_turns_its_op_and_dtype_off(monkeypatch, caplog, op, kernel):
+    """And nothing else, before any call depends on it: forward does not run where backward could not."""
+    module = importlib.import_module(f"fastnn.triton.{op}")
+    launch = getattr(module, kernel)
+
+    class Refusing:
+        def __getitem__(self, grid):
+            def launch_unless_float64(*args, **constants):
+                if tl.float64 in (constants["ACC"], constants.get("DTYPE")):
+                    raise RuntimeError("no float64\n...\non this device")
+                launch[grid](*args, **constants)
+
+            return launch_unless_float64
+
+    tl = pytest.importorskip("triton.language")
+    monkeypatch.setattr(module, kernel, Refusing())
+    monkeypatch.setattr(dispatch, "_choices", {})
+    fastnn.triton.why_off.cache_clear()
+    dispatch._logged.clear()
+    try:
+        with caplog.at_level("DEBUG", logger="fastnn"):
+            for dtype in (torch.float32, torch.float64):
+                draw = lambda *shape, dtype=dtype: torch.randn(shape, dtype=dtype)  # noqa: E731
+                for _ in range(2):
+                    with fastnn.backend("triton"):
+                        command.SELF_TEST[op](draw)
+        lines = [record.getMessage() for record in caplog.records]
+        reason = "triton is off: triton does not work here: RuntimeError: no float64 .. on this device"
+        calls = {"conv2d": ["conv2d", "conv2d_relu_max_pool2d"]}.get(op, [op])
+        assert lines == [f"{call}: native torch, because {reason}" for call in calls]
+        assert {other: fastnn.triton.why_off(other, *dispatch._ON_CPU) for other in dispatch.KERNELS["triton"]} == (
+            dict.fromkeys(dispatch.KERNELS["triton"])
+        )
+    finally:
+        fastnn.triton.why_off.cache_clear()
+
+
+@needs_triton
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="CPU tensors need the interpreter")
+def test_parameters_of_a_dtype_that_is_off_are_stepped_natively(monkeypatch, caplog):
+    """Also where the group's first parameter has another."""
+    why_off = dispatch.why_off
+    monkeypatch.setattr(dispatch, "why_off", lambda *of: "no float16" if of[3] is torch.float16 else why_off(*of))
+    monkeypatch.setattr(dispatch, "_choices", {})
+    dispatch._logged.clear()
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float32, torch.float16)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with caplog.at_level("DEBUG", logger="fastnn"), fastnn.backend("triton"):
+        fastnn.optim.SGD(params, lr=0.5).step()
+    assert [record.getMessage() for record in caplog.records] == [
+        "sgd: native torch, because triton is off: no float16"
+    ]
+    assert all((p == 0.5).all() for p in params)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("None", "triton is not installed"),
+        ("type(sys)('triton')", "triton does not work here: ValueError: triton.__spec__ is None"),
+    ],
+    ids=["missing", "no spec"],
+)
+def test_triton_that_is_missing(module, reason):
+    done = python("-c", f"import sys; sys.modules['triton'] = {module}\n{PROBE}")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("relu:")]
+    assert line == f"relu: native torch, because triton is off: {reason}"
 
 
 @needs_triton

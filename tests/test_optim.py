@@ -515,7 +515,8 @@ def test_numbers_on_the_device_stay_there(backend, name, monkeypatch):
         pytest.skip("the CPU's kernels take these numbers from the host, where they are")
     lr = torch.tensor(0.05, dtype=torch.float64)
     pair = Pair(name, values_of([(9,)]), **{**TYPICAL[name], "lr": lr, "fused": True})
-    fastnn.dispatch.choice(pair.ours._op, pair.ours_params[0].device.type)  # the first one tries Triton and waits
+    first = pair.ours_params[0]
+    fastnn.dispatch.choice(pair.ours._op, first.device, first.dtype)  # the first one tries Triton and waits
     for seed, found in enumerate((1.0, 0.0, 0.0)):
         pair.set_grads(values_of([(9,)], seed=seed))
         for o in (pair.ours, pair.native):

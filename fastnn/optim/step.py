@@ -125,7 +125,7 @@ def states_of(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[di
 
 def library_of(op: str, params: list[Tensor]) -> Any:
     """The module whose kernels serve these parameters past the dispatcher, if there is one."""
-    return LIBRARIES.get(choice(op, params[0].device.type)[0])
+    return LIBRARIES.get(choice(op, params[0].device, params[0].dtype)[0])
 
 
 def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[Any, ...], numbers: Numbers) -> bool:
@@ -137,6 +137,12 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
         return True
     params = cast(list[Tensor], lists[0])
     library = library_of(op, params)
+    if library is None:  # Triton's kernels, which a device may not take in every dtype
+        for dtype in {p.dtype for p in params}:
+            name, reason = choice(op, params[0].device, dtype)
+            if name == "torch":
+                log_once(op, reason)
+                return False
     try:
         if library is not None and not profiler_enabled():  # straight from the lists, past the dispatcher
             getattr(library, f"{op}_")(*lists, *options, *numbers.on_device)

@@ -16,28 +16,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 MINIMUM = (3, 6)  # the oldest that compiles every kernel; torch 2.11 brings it
 
 
 @cache
-def why_off(device_type: str) -> str | None:
-    """Why the kernels cannot run on tensors of ``device_type``; None if they can: one has been tried."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+def why_off(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels of ``op`` cannot run on tensors of this device and dtype; None if they can: they were tried."""
     try:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
         import triton
 
         version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
         if version < MINIMUM:
             return f"triton {triton.__version__} is older than {'.'.join(map(str, MINIMUM))}"
-        if device_type == "cpu" and not is_interpreted():
+        if device.type == "cpu" and not is_interpreted():
             return "CPU tensors need its interpreter, TRITON_INTERPRET=1"
-        one = torch.ones(1, device=device_type)
-        if function("relu")(one).item() != 1:
-            return f"triton {triton.__version__} computes relu(1) wrong"
-    except Exception as error:  # whatever a broken installation may do
-        return f"triton does not work here: {type(error).__name__}: {error}".splitlines()[0]
+        from fastnn.triton.trial import is_right
+
+        with _disable_current_modes():  # which are those of the call that happens to be the first
+            if not is_right(op, device, dtype):
+                return f"triton {triton.__version__} computes {op} wrong in {dtype}"
+    except Exception as error:  # whatever a broken installation, or a kernel that does not compile, may do
+        lines = str(error).strip().splitlines() or [""]
+        text = " .. ".join(dict.fromkeys((lines[0], lines[-1])))  # Triton quotes source between the two
+        return f"triton does not work here: {type(error).__name__}: {text}"
     return None
 
 
