@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -64,6 +65,31 @@ LIBRARIES: dict[str, Any] = {"cpu": _C}
 CUDA_OFF = _load_cuda()
 
 
+def has_code_for(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether code compiled for ``architectures``, "8.0;9.0a;12.0+PTX" say, runs on a CUDA device of this capability.
+
+    Machine code does on that minor version and later ones of the same major, PTX on all later devices; both of "a" on
+    that one alone. A list with names in it ("Ampere") is taken to fit.
+    """
+    for architecture in re.split("[; ]+", architectures.strip()):
+        parts = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", architecture)
+        if parts is None:
+            return True
+        built = (int(parts[1]), int(parts[2]))
+        if built == capability or (built < capability and not parts[3] and (parts[4] or built[0] == capability[0])):
+            return True
+    return False
+
+
+def _why_cuda_off(device: torch.device) -> str | None:
+    if CUDA_OFF is not None:
+        return CUDA_OFF
+    capability, architectures = torch.cuda.get_device_capability(device), LIBRARIES["cuda"].architectures
+    if has_code_for(capability, architectures):
+        return None
+    return f"its kernels are compiled for {architectures}, and {device} is {'.'.join(map(str, capability))}"
+
+
 def why_off(backend: str, op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why the kernels of ``backend`` cannot serve ``op`` on tensors of this device and dtype; None if they can."""
     if op not in KERNELS[backend]:
@@ -71,7 +97,7 @@ def why_off(backend: str, op: str, device: torch.device, dtype: torch.dtype = to
     if device.type not in FORCED_DEVICES[backend]:
         return f"it has no kernels for {device.type} tensors"
     if backend == "cuda":
-        return CUDA_OFF
+        return _why_cuda_off(device)
     return triton.why_off(op, device, dtype) if backend == "triton" else None
 
 
@@ -99,12 +125,14 @@ def backend(name: str) -> Iterator[None]:
     """Force the implementation of every fastnn call inside the ``with`` block (of this thread or task).
 
     The backward pass of such a call runs on the same implementation, wherever it is called. ``FASTNN_BACKEND`` forces
-    one for a whole process.
+    one for a whole process. What :func:`torch.compile` compiles keeps the one that was forced when it did.
 
     Args:
         name: ``'cpu'`` or ``'cuda'`` for the compiled kernels, ``'triton'``, or ``'torch'`` for native PyTorch. A call
             that the forced kernels do not cover gives the native result. ``'triton'`` on CPU tensors is Triton's
-            interpreter, and needs ``TRITON_INTERPRET=1`` in the environment.
+            interpreter, and needs ``TRITON_INTERPRET=1`` in the environment. Under :func:`torch.compile` and
+            TorchDispatchModes, which see operators, it serves the devices that have no compiled kernels; elsewhere the
+            operators are the compiled kernels', and such calls give the native result.
 
     Raises:
         ValueError: ``name`` is none of these.
@@ -136,10 +164,13 @@ def forced_to(name: str | None) -> Iterator[None]:
 
 
 def log_once(op: str, reason: str) -> None:
-    """One DEBUG line per operator and reason: why a call went to native torch. None while torch.compile traces."""
-    if not torch.compiler.is_compiling() and (op, reason) not in _logged:
+    """One DEBUG line per operator and reason: why a call went, or was compiled to go, to native torch."""
+    if (op, reason) not in _logged:
         _logged.add((op, reason))
         logger.debug("%s: native torch, because %s", op, reason)
+
+
+log_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it runs while the compiler traces
 
 
 def choice(call: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -163,6 +194,7 @@ def choice(call: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
 choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+_DISPATCHER_HAS_NO_TRITON = "torch.compile or a TorchDispatchMode would call the compiled kernels, not triton's"
 _ON_CPU = (torch.device("cpu"), torch.float32)
 
 
@@ -218,12 +250,17 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
             if reason:
                 log_once(op, reason)
             return False
+        if backend == "triton" and kind[0].type not in TRITON_REGISTERED and (compiling or _dispatch_modes()):
+            log_once(op, _DISPATCHER_HAS_NO_TRITON)
+            return False
     return True
 
 
 # ---- the implementation ----
 
 _operators: dict[str, Callable[..., Any]] = {}
+# The device types, of those without compiled kernels, whose operators are Triton's.
+TRITON_REGISTERED = {device_type for device_type in DEVICES["triton"] if device_type not in LIBRARIES}
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 profiler_enabled = torch._C._autograd._profiler_enabled
@@ -237,21 +274,23 @@ def entry(operator: str, tensor: Tensor) -> Callable[..., Any] | None:
     return getattr(LIBRARIES["cpu"], operator, None)
 
 
-def kernel(operator: str) -> Callable[..., Any]:
-    """What computes ``torch.ops.fastnn.<operator>`` in this call: what is registered for the tensors' device, or
-    Triton's function where that is forced, unless a TorchDispatchMode has to see the operator."""
-    if forced() == "triton" and torch._C._len_torch_dispatch_stack() == 0:
-        return triton.function(operator)
-    return _operators[operator]
+def kernel(operator: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """What computes ``torch.ops.fastnn.<operator>`` of these arguments: Triton's function where that is chosen, unless
+    a mode or profiler can see the operator on the way; else what is registered for the tensors' device."""
+    first = triton.first_tensor(args)
+    if first is None or choice(operator, first.device, first.dtype)[0] != "triton":
+        return _operators[operator]
+    seen = (_dispatch_modes() or profiler_enabled()) and first.device.type in TRITON_REGISTERED
+    return _operators[operator] if seen else triton.function(operator)
 
 
 def _register() -> None:
-    """Triton's functions for the devices that have no compiled kernels; nothing of Triton is loaded by this."""
+    """Triton's functions for TRITON_REGISTERED; nothing of Triton is loaded by this."""
 
     def loading(op: str, operator: str) -> Callable[..., Any]:
         def load_and_call(*args: Any) -> Any:
-            tensor = next(t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor))
-            if reason := triton.why_off(op, tensor.device, tensor.dtype):
+            tensor = triton.first_tensor(args)
+            if tensor is not None and (reason := triton.why_off(op, tensor.device, tensor.dtype)):
                 raise NotImplementedError(f"fastnn::{operator}: no compiled kernels, and triton is off: {reason}")
             return triton.function(operator)(*args)
 
@@ -260,10 +299,8 @@ def _register() -> None:
     for op, operators in OPERATORS.items():
         for operator in operators:
             _operators[operator] = getattr(torch.ops.fastnn, operator).default
-            for device_type in DEVICES["triton"]:
-                compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{operator}", device_type.upper())
-                if op in KERNELS["triton"] and not compiled:
-                    torch.library.impl(f"fastnn::{operator}", device_type, loading(op, operator))
+            for device_type in TRITON_REGISTERED if op in KERNELS["triton"] else ():
+                torch.library.impl(f"fastnn::{operator}", device_type, loading(op, operator))
 
 
 _register()

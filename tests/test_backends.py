@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -103,6 +104,82 @@ def test_forced_by_the_environment(name):
     program = "import torch, fastnn.dispatch as d; print(d.choice('relu', torch.device('cpu'), torch.float32)[0])"
     done = python("-c", program, FASTNN_BACKEND=name)
     assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "does_not"),
+    [
+        ("8.0;8.6", ["8.0", "8.6", "8.7", "8.9"], ["7.5", "9.0", "10.0"]),
+        ("8.6 9.0a", ["8.6", "8.9", "9.0"], ["8.0", "9.1", "10.0", "12.0"]),
+        ("8.0;10.0;12.0+PTX", ["8.9", "10.0", "10.3", "12.0", "12.1", "13.0"], ["7.5", "9.0", "11.0"]),
+        ("9.0a+PTX", ["9.0"], ["8.9", "9.1", "10.0"]),
+        ("7.5+PTX", ["7.5", "8.0", "12.1"], ["7.0"]),
+        ("Ampere", ["7.0", "8.0", "12.0"], []),
+    ],
+)
+def test_devices_that_compiled_code_runs_on(architectures, runs, does_not):
+    for expected, capabilities in ((True, runs), (False, does_not)):
+        for capability in capabilities:
+            major, minor = capability.split(".")
+            assert dispatch.has_code_for((int(major), int(minor)), architectures) == expected, capability
+
+
+def test_each_gpu_has_a_choice_of_its_own(monkeypatch):
+    """Of two in one machine, the one that the compiled kernels have no code for gets Triton's."""
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(dispatch, "CUDA_OFF", None)
+    monkeypatch.setitem(dispatch.LIBRARIES, "cuda", type(sys)("_C_cuda"))
+    dispatch.LIBRARIES["cuda"].architectures = "8.0;9.0a"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(8, 6), (7, 5)][device.index])
+    monkeypatch.setattr(fastnn.triton, "why_off", lambda *_: None)
+    devices = [torch.device("cuda", i) for i in range(2)]
+    assert [dispatch.choice("conv2d", device, torch.float32)[0] for device in devices] == ["cuda", "triton"]
+    with fastnn.backend("cuda"):
+        assert dispatch.choice("conv2d", devices[1], torch.float32) == (
+            "torch",
+            "cuda is off: its kernels are compiled for 8.0;9.0a, and cuda:1 is 7.5",
+        )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_what_runs_is_what_was_chosen(monkeypatch, backend):
+    """Triton's function also where compiled kernels are registered for the device and nothing is forced."""
+    x = torch.ones(3)
+    monkeypatch.setattr(fastnn.triton, "function", lambda operator: f"triton's {operator}")
+    monkeypatch.setattr(dispatch, "_choices", {("relu_backward", *dispatch._ON_CPU, None): (backend, "")})
+    expected = "triton's relu_backward" if backend == "triton" else torch.ops.fastnn.relu_backward.default
+    assert dispatch.kernel("relu_backward", (x, x)) == expected
+
+
+@needs_triton
+@pytest.mark.parametrize("how", ["mode", "compile"])
+def test_triton_does_not_pretend_to_serve_what_sees_operators(monkeypatch, caplog, how):
+    """Where compiled kernels are registered, such a call would get those."""
+    monkeypatch.setattr(dispatch, "_choices", {("conv2d", *dispatch._ON_CPU, "triton"): ("triton", "")})
+    dispatch._logged.clear()
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def compiler(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    function = torch.compile(F.conv2d, fullgraph=True, backend=compiler) if how == "compile" else F.conv2d
+    mode = Mode() if how == "mode" else contextlib.nullcontext()
+    with caplog.at_level("DEBUG", logger="fastnn"), fastnn.backend("triton"), mode:
+        for _ in range(2):
+            result = function(IMAGES, WEIGHT)
+    torch.testing.assert_close(result, torch.conv2d(IMAGES, WEIGHT))
+    assert seen
+    assert not [target for target in seen if "fastnn" in str(target)]
+    assert [record.getMessage() for record in caplog.records if record.name == "fastnn"] == [
+        f"conv2d: native torch, because {dispatch._DISPATCHER_HAS_NO_TRITON}"
+    ]
 
 
 def test_an_unknown_name_in_the_environment_fails_the_import():

@@ -53,6 +53,13 @@ def is_interpreted() -> bool:
     return isinstance(importlib.import_module("fastnn.triton.relu").forward_kernel, InterpretedFunction)
 
 
+def first_tensor(args: tuple[Any, ...]) -> Tensor | None:
+    """The first tensor of an operator's arguments; None of an empty list of parameters."""
+    if isinstance(args[0], Tensor):
+        return args[0]
+    return args[0][0] if args[0] else None
+
+
 @cache
 def function(operator: str) -> Callable[..., Any]:
     """The function of ``torch.ops.fastnn.<operator>``; it runs on the device of its first tensor."""
@@ -62,8 +69,8 @@ def function(operator: str) -> Callable[..., Any]:
     compute = getattr(importlib.import_module(f"fastnn.triton.{op}"), operator)
 
     def call(*args: Any) -> Any:
-        first = args[0] if isinstance(args[0], Tensor) else args[0][0] if args[0] else None
-        if first is None:  # an empty list of parameters
+        first = first_tensor(args)
+        if first is None:
             return None
         with nullcontext() if first.is_cpu else torch.accelerator.device_index(first.device.index):
             return compute(*args)
