@@ -103,7 +103,7 @@ def why_off(backend: str, op: str, device: torch.device, dtype: torch.dtype = to
 
 # ---- the choice ----
 
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 _logged: set[tuple[str, str]] = set()
 _choices: dict[tuple[str, torch.device, torch.dtype, str | None], tuple[str, str]] = {}
 
@@ -206,7 +206,7 @@ def _kind(op: str, tensors: tuple[Tensor | None, ...]) -> tuple[torch.device, to
             continue
         if not isinstance(tensor, Tensor):
             log_once(op, "an argument is no tensor")
-        elif type(tensor) not in _PLAIN_TYPES:
+        elif type(tensor) not in PLAIN_TYPES:
             log_once(op, f"of a {type(tensor).__name__} argument")
         elif tensor.dtype not in KERNEL_DTYPES:
             log_once(op, f"dtype {tensor.dtype} has no kernel")

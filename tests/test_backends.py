@@ -99,6 +99,15 @@ def test_compiled_kernels_come_first_then_triton_then_native(monkeypatch, off, e
     assert dispatch.choice("conv2d_relu", torch.device("cuda", 0), torch.float32) == expected
 
 
+@pytest.mark.parametrize("function", [F.relu, lambda x: F.max_pool2d(x, 2)], ids=["relu", "max_pool2d"])
+def test_a_default_device_changes_nothing(function):
+    """It is a TorchFunctionMode, and so looks as if somebody overrode torch's functions."""
+    x = torch.randn(1, 150, 150, requires_grad=True)
+    expected = type(function(x).grad_fn)
+    with torch.device("cpu"):
+        assert type(function(x).grad_fn) is expected
+
+
 @pytest.mark.parametrize("name", ["cpu", "torch"])
 def test_forced_by_the_environment(name):
     program = "import torch, fastnn.dispatch as d; print(d.choice('relu', torch.device('cpu'), torch.float32)[0])"

@@ -14,7 +14,7 @@ from torch.nn.functional import *  # noqa: F403
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastnn import ops as _ops
-from fastnn.dispatch import _C, forced, log_once, use_kernels
+from fastnn.dispatch import _C, PLAIN_TYPES, forced, log_once, use_kernels
 
 IntPair = int | tuple[int, ...] | list[int]
 
@@ -59,7 +59,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
             are tensors of up to 16384 elements, unless :func:`fastnn.backend` forces the kernels.
         inplace: write the result into ``input``.
     """
-    if has_torch_function_unary(input):  # torch's own protocol, which fastnn.convert and torch.fx build on
+    if _overrides(input):
         return handle_torch_function(native.relu, (input,), input, inplace=inplace)
     # torch.compile fuses its own ReLU into what stands beside it, and could not fuse an operator of ours.
     if torch.compiler.is_compiling() or _few("relu", input, MAX_FEW_ELEMENTS) or not use_kernels("relu", input):
@@ -67,6 +67,12 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     if inplace and not _writable(input):
         return native.relu(input, inplace)
     return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)
+
+
+def _overrides(input: object) -> bool:
+    """Whether ``input`` has torch's own protocol, which fastnn.convert and torch.fx build on. A TorchFunctionMode, as
+    every ``torch.device`` context and default device is, sees a call of native torch alone."""
+    return type(input) not in PLAIN_TYPES and has_torch_function_unary(input)
 
 
 def _few(op: str, input: Tensor, most: int) -> bool:
@@ -305,7 +311,7 @@ def max_pool2d(
     Raises:
         RuntimeError: as torch raises it.
     """
-    if not (return_indices or has_torch_function_unary(input)):
+    if not (return_indices or _overrides(input)):
         geometry = _pool_geometry(input, kernel_size, stride, padding, dilation, ceil_mode)
         if geometry is not None:
             batch = input if input.dim() == 4 else input.unsqueeze(0)
