@@ -11,10 +11,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fastnn
+import fastnn.nn as nn
 import fastnn.nn.functional as F
 import fastnn.optim
 import fastnn.triton
@@ -222,11 +224,12 @@ def test_backward_runs_where_forward_was_forced_to(monkeypatch):
 # ---- what the kernels do not cover ----
 
 
-def step_of(**kwargs):
-    """A parameter after two steps of Adam."""
+def step_of(later=(), **kwargs):
+    """A parameter after two steps of Adam, whose options are then changed to ``later``'s."""
     p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     p.grad = torch.ones(2)
     optimizer = fastnn.optim.Adam([p], **kwargs)
+    optimizer.param_groups[0].update(later)
     for _ in range(2):
         optimizer.step()
     return p.detach()
@@ -244,7 +247,21 @@ UNCOVERED = {
     "cross_entropy: native torch, because dtypes torch.float32 and torch.float64 are mixed": lambda: F.cross_entropy(
         WEIGHT[0, 0], WEIGHT[0, 0].softmax(1), weight=torch.ones(3, dtype=torch.float64)
     ),
+    "conv2d: native torch, because the kernels do not take these arguments": lambda: F.conv2d(
+        IMAGES, WEIGHT, groups=np.int64(1)
+    ),
+    "conv2d_relu: native torch, because the kernels do not take these arguments": lambda: F.conv2d_relu(
+        IMAGES, WEIGHT, stride=1.5
+    ),
+    "conv2d_relu_max_pool2d: native torch, because the kernels do not take these arguments": lambda: (
+        F.conv2d_relu_max_pool2d(IMAGES, WEIGHT, pool_stride=torch.tensor(2))
+    ),
+    "max_pool2d: native torch, because of return_indices=True": lambda: F.max_pool2d(IMAGES, 2, return_indices=True)[1],
+    "relu: native torch, because the kernels do not take these arguments": lambda: F.relu_(torch.ones(1).expand(9)),
     "adam: native torch, because of differentiable=True": lambda: step_of(differentiable=True),
+    "adam: native torch, because of foreach=True with a tensor for lr or betas": lambda: step_of(
+        foreach=True, later={"lr": torch.tensor(0.1)}
+    ),
 }
 
 
@@ -270,6 +287,26 @@ def test_what_is_not_covered_gives_the_native_result_and_one_line(caplog, backen
         else:
             torch.testing.assert_close(result, expected, rtol=0, atol=0)
     assert [record.getMessage() for record in caplog.records] == [line]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda two: F.conv2d(IMAGES, WEIGHT, stride=two, padding=(two, 1)),
+        lambda two: F.conv2d_relu_max_pool2d(IMAGES, WEIGHT, pool_kernel_size=two, pool_stride=[two]),
+        lambda two: F.max_pool2d(IMAGES, 3, two),
+        lambda two: fastnn.nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(3, two))(IMAGES).detach(),
+    ],
+    ids=["conv2d", "conv2d_relu_max_pool2d", "max_pool2d", "Sequential"],
+)
+def test_numpy_numbers_are_numbers(caplog, call):
+    dispatch._logged.clear()
+    with caplog.at_level("DEBUG", logger="fastnn"):
+        torch.manual_seed(0)
+        result = call(np.int64(2))
+    assert not caplog.records
+    torch.manual_seed(0)
+    assert torch.equal(result, call(2))
 
 
 F32 = torch.ones(2, 3)

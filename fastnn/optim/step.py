@@ -85,6 +85,7 @@ class FusedStep(torch.optim.Optimizer):
             device = params[0].device
             lr = lr if isinstance(lr, Tensor) else lr * torch.ones((), dtype=torch.float64, device=device)
             if lr.device != device:
+                log_once(self._op, f"of lr on {lr.device} and parameters on {device}")
                 return False
         return self._update(group, params, grads, Numbers.of(lr, grad_scale, found_inf, device))
 
