@@ -466,8 +466,8 @@ def test_command_for_machines():
     assert report["support"].keys() == dispatch.OPERATORS.keys()
     for op, states in report["support"].items():
         assert states.keys() == dispatch.KERNELS.keys()
-        assert all(state == "available" or state.startswith("off: ") for state in states.values())
-        available = [backend for backend, state in states.items() if state == "available"]
+        assert all(state.split(";")[0] == "available" or state.startswith("off: ") for state in states.values())
+        available = [backend for backend, state in states.items() if not state.startswith("off: ")]
         assert report["self-test"][op] == dict.fromkeys(available, "as native")
         assert "cpu" in available
         if importlib.util.find_spec("triton"):
@@ -480,7 +480,7 @@ def test_command_finds_a_difference(monkeypatch, capsys, as_json):
     monkeypatch.setattr(F, "relu", lambda x: relu(x) + (dispatch.forced() == "cpu") * 1e-3)
     monkeypatch.setattr(sys, "argv", ["fastnn", *["--json"] * as_json])
     assert command.main() == 1
-    assert "DIFFERS: AssertionError" in capsys.readouterr().out
+    assert "DIFFERS in torch.float32: AssertionError" in capsys.readouterr().out
 
 
 def test_command_reports_a_backend_that_raises(monkeypatch):
@@ -488,4 +488,47 @@ def test_command_reports_a_backend_that_raises(monkeypatch):
         raise RuntimeError("no such instruction")
 
     monkeypatch.setitem(command.SELF_TEST, "sgd", raises)
-    assert command.self_test("cpu", "sgd") == "DIFFERS: RuntimeError: no such instruction"
+    assert command.self_test("cpu", "sgd") == "DIFFERS in torch.bfloat16: RuntimeError: no such instruction"
+
+
+@pytest.mark.parametrize("op", dispatch.KERNELS["cpu"])
+def test_command_notices_what_native_torch_computed(monkeypatch, op):
+    """Without a word, since that is what should not be."""
+    assert command.self_test("cpu", op) == "as native"
+    for module in (F, fastnn.optim.step):
+        monkeypatch.setattr(module, "use_kernels", lambda *_: False)
+    assert command.self_test("cpu", op) == "DIFFERS in torch.bfloat16: RuntimeError: it went to native torch"
+    torch.testing.assert_close(F.relu(-F32), 0 * F32)  # native's functions are back
+
+
+@pytest.mark.parametrize("off", [{torch.float64: "no float64"}, dict.fromkeys(command.DTYPES, "no driver")])
+def test_command_tests_the_dtypes_that_are_on(monkeypatch, off):
+    drawn = set()
+
+    def test(draw):
+        drawn.add(draw(1).dtype)
+        return []
+
+    monkeypatch.setitem(command.SELF_TEST, "relu", test)
+    monkeypatch.setattr(command, "why_off", lambda backend, op, device, dtype: off.get(dtype))
+    assert command.self_test("cpu", "relu") == "as native"
+    served = {dtype for dtype in command.DTYPES if dtype not in off}
+    assert drawn - {torch.float64} == served - {torch.float64}  # float64 is what is compared with
+    assert command.table()["relu"]["cpu"] == (
+        "available; off for torch.float64: no float64" if served else "off: no driver"
+    )
+
+
+@pytest.mark.parametrize("dtype", command.DTYPES, ids=str)
+def test_command_sees_a_wrong_rounding(monkeypatch, dtype):
+    """One result of many, by four roundings of the largest in 16-bit types and by sixty-four in the wider ones."""
+    conv2d, units = F.conv2d, 4 if dtype.itemsize == 2 else 64
+
+    def off_by_little(x, *args, **kwargs):
+        y = conv2d(x, *args, **kwargs)
+        if dispatch.forced() == "cpu" and x.dtype is dtype:
+            y = y + torch.zeros_like(y).index_put((torch.tensor(0),) * 4, units * torch.finfo(dtype).eps * y.max())
+        return y
+
+    monkeypatch.setattr(F, "conv2d", off_by_little)
+    assert command.self_test("cpu", "conv2d").startswith(f"DIFFERS in {dtype}: AssertionError")
