@@ -309,6 +309,33 @@ def test_numpy_numbers_are_numbers(caplog, call):
     assert torch.equal(result, call(2))
 
 
+@pytest.mark.parametrize(
+    ("shape", "weight_shape", "options"),
+    [
+        ((1, 1, 2**15, 2**15), (1, 1, 3, 3), (4, 0, 1, 1)),
+        ((1, 1, 2**15 - 9, 2**15 - 9), (1, 1, 3, 3), (4, 5, 1, 1)),
+        ((1, 2**21, 32, 32), (1, 2**21, 32, 32), (1, 0, 1, 1)),
+    ],
+    ids=["image", "padding", "weight"],
+)
+def test_what_31_bits_do_not_count_is_not_for_gpus(monkeypatch, caplog, shape, weight_shape, options):
+    """The CPU's kernels count in 64 bits. Nothing of this size is in memory."""
+    x, weight = (torch.zeros(1).expand(s) for s in (shape, weight_shape))
+    monkeypatch.setattr(dispatch, "_choices", {("conv2d", *dispatch._ON_CPU, "triton"): ("triton", "")})
+    dispatch._logged.clear()
+    geometry = F._conv_geometry("conv2d", x, weight, None, options)
+    with caplog.at_level("DEBUG", logger="fastnn"), fastnn.backend("triton"):
+        smaller = (x[..., : 2**14, : 2**14], weight[..., :3, :3])
+        assert F._conv_geometry("conv2d", *smaller, None, options) is not None
+        assert F._conv_geometry("conv2d", x, weight, None, options) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "conv2d: native torch, because an image or a weight is larger than the kernels of GPUs take"
+    ]
+    if importlib.util.find_spec("triton"):
+        with pytest.raises(RuntimeError, match="is larger than the kernels take"):
+            fastnn.triton.function("conv2d")(x, weight, None, *geometry, False)
+
+
 F32 = torch.ones(2, 3)
 
 

@@ -179,6 +179,10 @@ def _conv_geometry(
     elif geometry[0][0] * geometry[0][1] > MAX_CONV2D_PHASES:
         log_once(op, f"stride {tuple(geometry[0])} is larger than the kernels take")
         return None
+    on_gpu = not input.is_cpu or forced() == "triton"
+    if geometry is not None and on_gpu and not _ops.conv2d.is_countable(input.shape, weight.shape, geometry[1]):
+        log_once(op, "an image or a weight is larger than the kernels of GPUs take")
+        return None
     return geometry
 
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnn.ops.conv2d import _memory_format, output_size
+from fastnn.ops.conv2d import _memory_format, is_countable, output_size
 from fastnn.triton import is_interpreted
 from fastnn.triton.arguments import (
     accumulator,
@@ -372,6 +372,11 @@ def _geometry(
         min(kernel) > 0
         and all(input.shape[2 + d] + padding[d] + padding[2 + d] > dilation[d] * (kernel[d] - 1) for d in range(2)),
         f"{op}: weight of shape {list(weight.shape)} is larger than the padded input of shape {list(input.shape)}",
+    )
+    check(
+        is_countable(input.shape, weight.shape, padding),
+        f"{op}: input of shape {list(input.shape)} with padding {padding}, or weight of shape {list(weight.shape)}, is "
+        "larger than the kernels take",
     )
     size = [input.shape[0], results, *output_size(input.shape, weight.shape, stride, padding, dilation)]
     return Geometry(size, stride, padding, dilation, groups)
