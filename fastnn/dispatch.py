@@ -90,10 +90,13 @@ def _why_cuda_off(device: torch.device) -> str | None:
     return f"its kernels are compiled for {architectures}, and {device} is {'.'.join(map(str, capability))}"
 
 
+NO_KERNEL = "it has no kernel of this op"
+
+
 def why_off(backend: str, op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why the kernels of ``backend`` cannot serve ``op`` on tensors of this device and dtype; None if they can."""
     if op not in KERNELS[backend]:
-        return "it has no kernel of this op"
+        return NO_KERNEL
     if device.type not in FORCED_DEVICES[backend]:
         return f"it has no kernels for {device.type} tensors"
     if backend == "cuda":
@@ -103,6 +106,7 @@ def why_off(backend: str, op: str, device: torch.device, dtype: torch.dtype = to
 
 # ---- the choice ----
 
+NOT_IN_DISPATCHER = "torch.compile or a TorchDispatchMode would call the compiled kernels, not triton's"
 PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 _logged: set[tuple[str, str]] = set()
 _choices: dict[tuple[str, torch.device, torch.dtype, str | None], tuple[str, str]] = {}
@@ -194,7 +198,6 @@ def choice(call: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
 choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-_DISPATCHER_HAS_NO_TRITON = "torch.compile or a TorchDispatchMode would call the compiled kernels, not triton's"
 _ON_CPU = (torch.device("cpu"), torch.float32)
 
 
@@ -251,7 +254,7 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
                 log_once(op, reason)
             return False
         if backend == "triton" and kind[0].type not in TRITON_REGISTERED and (compiling or _dispatch_modes()):
-            log_once(op, _DISPATCHER_HAS_NO_TRITON)
+            log_once(op, NOT_IN_DISPATCHER)
             return False
     return True
 
@@ -290,8 +293,10 @@ def _register() -> None:
     def loading(op: str, operator: str) -> Callable[..., Any]:
         def load_and_call(*args: Any) -> Any:
             tensor = triton.first_tensor(args)
-            if tensor is not None and (reason := triton.why_off(op, tensor.device, tensor.dtype)):
-                raise NotImplementedError(f"fastnn::{operator}: no compiled kernels, and triton is off: {reason}")
+            if tensor is not None and tensor.dtype in KERNEL_DTYPES:  # Triton's function itself refuses others
+                reason = triton.why_off(op, tensor.device, tensor.dtype)
+                if reason is not None:
+                    raise NotImplementedError(f"fastnn::{operator}: no compiled kernels, and triton is off: {reason}")
             return triton.function(operator)(*args)
 
         return load_and_call

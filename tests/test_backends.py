@@ -26,6 +26,11 @@ from fastnn import dispatch
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
+needs_interpreter = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.accelerator.is_available(),
+    reason="Triton takes CPU tensors where it is interpreted: it is installed, and there is no GPU",
+)
+
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("FASTNN_BACKEND", "TRITON_INTERPRET")}
@@ -189,7 +194,7 @@ def test_triton_does_not_pretend_to_serve_what_sees_operators(monkeypatch, caplo
     assert seen
     assert not [target for target in seen if "fastnn" in str(target)]
     assert [record.getMessage() for record in caplog.records if record.name == "fastnn"] == [
-        f"conv2d: native torch, because {dispatch._DISPATCHER_HAS_NO_TRITON}"
+        f"conv2d: native torch, because {dispatch.NOT_IN_DISPATCHER}"
     ]
 
 
@@ -265,7 +270,7 @@ UNCOVERED = {
 }
 
 
-@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_interpreter)])
 @pytest.mark.parametrize("line", UNCOVERED)
 def test_what_is_not_covered_gives_the_native_result_and_one_line(caplog, backend, line):
     call = UNCOVERED[line]
@@ -392,8 +397,7 @@ def test_triton_that_does_not_work_is_off_with_a_reason(tmp_path, fake):
     assert line.startswith(f"relu: native torch, because triton is off: {reason}")
 
 
-@needs_triton
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="CPU tensors need the interpreter")
+@needs_interpreter
 @pytest.mark.parametrize(
     ("op", "kernel"),
     [
@@ -441,8 +445,7 @@ def test_a_kernel_that_does_not_compile_turns_its_op_and_dtype_off(monkeypatch, 
         fastnn.triton.why_off.cache_clear()
 
 
-@needs_triton
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="CPU tensors need the interpreter")
+@needs_interpreter
 def test_parameters_of_a_dtype_that_is_off_are_stepped_natively(monkeypatch, caplog):
     """Also where the group's first parameter has another."""
     why_off = dispatch.why_off
@@ -476,6 +479,14 @@ def test_triton_that_is_missing(module, reason):
 
 
 @needs_triton
+def test_the_interpreter_is_not_for_gpus(monkeypatch):
+    """It would read their addresses as the host's."""
+    monkeypatch.setattr(fastnn.triton, "is_interpreted", lambda: True)
+    reason = fastnn.triton.why_off.__wrapped__("adam", torch.device("cuda", 0), torch.float32)
+    assert reason == "its interpreter, TRITON_INTERPRET=1, takes CPU tensors alone"
+
+
+@needs_triton
 def test_cpu_tensors_need_the_interpreter():
     done = python("-c", PROBE)
     assert done.returncode == 0, done.stderr
@@ -486,7 +497,8 @@ def test_cpu_tensors_need_the_interpreter():
 
 
 def test_command_for_machines():
-    done = python("-m", "fastnn", "--json", TRITON_INTERPRET="1")
+    interpreted = {} if torch.accelerator.is_available() else {"TRITON_INTERPRET": "1"}
+    done = python("-m", "fastnn", "--json", **interpreted)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["torch"] == torch.__version__

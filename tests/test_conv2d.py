@@ -27,7 +27,7 @@ from reference import (
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as native
-from wheel import module_info, older_module_tests, op_info, raised
+from wheel import here, module_info, older_module_tests, op_info, raised
 
 import fastnn
 import fastnn.nn.functional as F
@@ -483,10 +483,12 @@ def test_matches_the_definition(backend, case):
     }
     output_shape = native.conv2d(x, w, b, **case.kwargs).shape
     grad_output = normals(torch.float64, tuple(output_shape))
-    exact = conv2d_numpy(*(t.numpy() for t in (x, w, b, grad_output)), **pairs, groups=case.kwargs.get("groups", 1))
+    exact = conv2d_numpy(
+        *(t.cpu().numpy() for t in (x, w, b, grad_output)), **pairs, groups=case.kwargs.get("groups", 1)
+    )
     actual = values_and_gradients(partial(F.conv2d, **case.kwargs), (x, w, b), grad_output)
     for a, e in zip(actual, exact, strict=True):
-        np.testing.assert_allclose(a.numpy(), e, rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(a.cpu().numpy(), e, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("width", [*mostly_big(range(1, 17), emulated=True), 17, *mostly_big(range(18, 41))])
@@ -773,6 +775,7 @@ def first_floating(outputs: Any) -> Any:
     ids=str,
 )
 def test_raw_operator_refuses_wrong_arguments(backend, wrong):
+    wrong = {name: t.to(here()) for name, t in wrong.items()}
     with pytest.raises(RuntimeError, match="conv2d"):
         torch.ops.fastnn.conv2d(*conv2d_arguments(False, **wrong))
     with pytest.raises(RuntimeError, match="conv2d"):
@@ -866,7 +869,7 @@ def test_same_bits_every_time(backend, layout, groups):
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_wheel_samples(backend, op, dtype):
-    samples = list(op_info("conv2d").sample_inputs("cpu", dtype))
+    samples = list(op_info("conv2d").sample_inputs(here(), dtype))
     assert len(samples) >= 30
     for sample in samples:
         inputs = (sample.input, *sample.args)
@@ -892,7 +895,7 @@ def test_wheel_samples(backend, op, dtype):
 @pytest.mark.expects_native
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.complex128], ids=str)
 def test_wheel_samples_without_a_kernel(backend, dtype):
-    for sample in op_info("conv2d").sample_inputs("cpu", dtype, requires_grad=dtype.is_complex):
+    for sample in op_info("conv2d").sample_inputs(here(), dtype, requires_grad=dtype.is_complex):
         exact = native.conv2d(sample.input, *sample.args, **sample.kwargs)
         ours = F.conv2d(sample.input, *sample.args, **sample.kwargs)
         assert_same(ours, exact, "output")
@@ -908,7 +911,7 @@ def test_wheel_samples_without_a_kernel(backend, dtype):
 
 @pytest.mark.expects_native
 def test_wheel_error_inputs(backend):
-    errors = list(op_info("conv2d").error_inputs("cpu"))
+    errors = list(op_info("conv2d").error_inputs(here()))
     assert len(errors) >= 10
     for case in errors:
         sample = case.sample_input
@@ -953,6 +956,7 @@ MORE_ERRORS = [
 @pytest.mark.parametrize(("args", "kwargs"), MORE_ERRORS)
 def test_errors_are_natives(backend, args, kwargs):
     """The error, type and text, or where native has an answer after all, that answer."""
+    args = [t.to(here()) if isinstance(t, Tensor) else t for t in args]
     try:
         exact = native.conv2d(*args, **kwargs)
     except Exception as exception:
@@ -999,7 +1003,7 @@ def module_samples() -> list[Any]:
     """Every nn.Conv2d of torch's own module tests, as (constructor arguments, input shape)."""
     samples = []
     info = module_info("Conv2d")
-    for m in info.module_inputs_func(info, "cpu", torch.float64, requires_grad=False, training=True):
+    for m in info.module_inputs_func(info, here(), torch.float64, requires_grad=False, training=True):
         args, kwargs = m.constructor_input.args, m.constructor_input.kwargs
         samples.append(((args, kwargs), tuple(m.forward_input.args[0].shape)))
     for test in older_module_tests("Conv2d"):
@@ -1058,10 +1062,9 @@ def test_layouts_and_types_without_a_kernel(backend):
     wrapped = F.conv2d(x.as_subclass(Wrapped), w, b)
     assert type(wrapped) is Wrapped
     assert_same(wrapped.as_subclass(Tensor), native.conv2d(x, w, b), "subclass")
-    dense = x.to_mkldnn()
-    torch.testing.assert_close(
-        F.conv2d(dense, w.to_mkldnn(), b.to_mkldnn()).to_dense(), native.conv2d(x, w, b)
-    ) if torch.backends.mkldnn.is_available() else None
+    if x.is_cpu and torch.backends.mkldnn.is_available():
+        on_mkldnn = F.conv2d(x.to_mkldnn(), w.to_mkldnn(), b.to_mkldnn())
+        torch.testing.assert_close(on_mkldnn.to_dense(), native.conv2d(x, w, b))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -4,6 +4,7 @@ Everything here compares two optimizers on equal parameters and gradients (optim
 is the point. What is only Adam's or SGD's is in test_adam.py and test_sgd.py.
 """
 
+import contextlib
 import copy
 import io
 import pickle
@@ -188,8 +189,10 @@ def test_python_threads(backend, name):
     shapes = [(40_009,), (31,)]
     pairs = [Pair(name, values_of(shapes, seed=i), **TYPICAL[name]) for i in range(4)]
 
+    forced = fastnn.dispatch.forced()
+
     def work(pair):
-        with fastnn.backend("cpu"):
+        with fastnn.dispatch.forced_to(forced):
             for _ in range(5):
                 pair.ours.step()
 
@@ -538,7 +541,7 @@ def test_grad_scaler(backend, name, fused):
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 3, dtype=torch.float64)
         optimizer = getattr(module, name)(model.parameters(), fused=fused, **TYPICAL[name])
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        scaler = torch.amp.GradScaler(str(torch.get_default_device()), init_scale=2.0**10, growth_interval=2)
         for i in range(6):
             optimizer.zero_grad()
             x = torch.randn(4, 5, dtype=torch.float64) * (float("inf") if i in (2, 3) else 1)
@@ -586,7 +589,7 @@ def test_uncovered(backend, name, what):
                 if what == "sparse":
                     p.grad = p.grad.to_sparse()
             try:
-                with fastnn.backend("torch" if what == "backend" else "cpu"):
+                with fastnn.backend("torch") if what == "backend" else contextlib.nullcontext():
                     optimizer.step()
             except RuntimeError as e:
                 error = str(e)

@@ -34,6 +34,8 @@ def why_off(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
             return f"triton {triton.__version__} is older than {'.'.join(map(str, MINIMUM))}"
         if device.type == "cpu" and not is_interpreted():
             return "CPU tensors need its interpreter, TRITON_INTERPRET=1"
+        if device.type != "cpu" and is_interpreted():
+            return "its interpreter, TRITON_INTERPRET=1, takes CPU tensors alone"
         from fastnn.triton.trial import is_right
 
         with _disable_current_modes():  # which are those of the call that happens to be the first
