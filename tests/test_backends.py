@@ -115,11 +115,21 @@ def test_a_default_device_changes_nothing(function):
         assert type(function(x).grad_fn) is expected
 
 
-@pytest.mark.parametrize("name", ["cpu", "torch"])
+@pytest.mark.parametrize("name", ["cpu", "torch", pytest.param("triton", marks=needs_interpreter)])
 def test_forced_by_the_environment(name):
-    program = "import torch, fastnn.dispatch as d; print(d.choice('relu', torch.device('cpu'), torch.float32)[0])"
-    done = python("-c", program, FASTNN_BACKEND=name)
-    assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
+    """What the calls of a process then run: a function of Triton's, or none."""
+    program = """
+import torch, fastnn.dispatch as d, fastnn.nn.functional as F, fastnn.triton
+function = fastnn.triton.function
+fastnn.triton.function = lambda operator: print(operator) or function(operator)
+x = torch.tensor([-1.0, 2.0], requires_grad=True)
+F.relu(x).sum().backward()
+assert x.grad.tolist() == [0, 1]
+print(d.choice("relu", x.device, x.dtype)[0])
+"""
+    done = python("-c", program, FASTNN_BACKEND=name, TRITON_INTERPRET="1")
+    expected = ["relu", "relu_backward", "triton"] if name == "triton" else [name]
+    assert (done.returncode, done.stdout.split()) == (0, expected), done.stderr
 
 
 @pytest.mark.parametrize(
