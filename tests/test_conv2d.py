@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import (
@@ -621,6 +623,55 @@ def test_depthwise_padding_is_not_multiplied(backend, stride, layout, channels):
     actual = values_and_gradients(partial(F.conv2d, **kwargs), (LAYOUTS[layout](x), w, b), LAYOUTS[layout](grad_output))
     for name, a, e in zip(NAMES, actual, exact, strict=True):
         torch.testing.assert_close(a, e, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def by_definition(x: Tensor, w: Tensor, grad: Tensor, stride: int, multiplied: tuple[bool, ...]) -> list[Tensor]:
+    """A convolution with padding 1 and its gradients, which multiply the zeros of the padding (and those between the
+    positions of a strided convolution's result) where ``multiplied`` says so of output, grad_input, grad_weight."""
+    (height, width), (rows, cols) = x.shape[2:], grad.shape[2:]
+    output, grad_input, grad_weight = (torch.zeros_like(t) for t in (grad, x, w))
+    for r, q in itertools.product(range(3), range(3)):
+        tap = w[:, :, r, q]
+        for y, z in itertools.product(range(rows), range(cols)):
+            i, j = y * stride + r - 1, z * stride + q - 1
+            inside = 0 <= i < height and 0 <= j < width
+            pixel = x[:, :, i, j] if inside else torch.zeros_like(x[:, :, 0, 0])
+            if inside or multiplied[0]:
+                output[:, :, y, z] += (pixel[:, None] * tap).sum(2)
+            if inside or multiplied[2]:
+                grad_weight[:, :, r, q] += (grad[:, :, y, z, None] * pixel[:, None]).sum(0)
+        for i, j in itertools.product(range(height), range(width)):
+            y, z = i + 1 - r, j + 1 - q
+            inside = y % stride == 0 == z % stride and 0 <= y // stride < rows and 0 <= z // stride < cols
+            position = grad[:, :, y // stride, z // stride] if inside else torch.zeros_like(grad[:, :, 0, 0])
+            if inside or multiplied[1]:
+                grad_input[:, :, i, j] += (position[:, :, None] * tap).sum(1)
+    return [output, grad_input, grad_weight]
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "triton"], indirect=True)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("channels", "results", "dtype", "multiplied"),
+    [
+        (16, 32, torch.float32, (True, True, True)),
+        (16, 32, torch.float16, (True, True, True)),
+        (3, 32, torch.float32, (True, False, True)),
+        (16, 8, torch.float32, (False, True, False)),
+        (3, 8, torch.float32, (False, False, False)),
+        (16, 32, torch.float64, (False, False, False)),
+    ],
+)
+def test_which_zeros_matrix_units_multiply(backend, channels, results, dtype, multiplied, stride):
+    """As docs/backends.md says of Triton: these and no other make NaN of an infinite weight or gradient."""
+    x, w = integers(dtype, (2, channels, 5, 6)), integers(dtype, (results, channels, 3, 3))
+    w[1, 0, 0, 1], w[2, 0, 2, 2] = torch.inf, torch.nan
+    grad = integers(dtype, tuple(native.conv2d(x, w, stride=stride, padding=1).shape))
+    grad[0, 3, 0, 2], grad[1, 4, -1, -1] = torch.inf, -torch.inf
+    exact = by_definition(*map(to_float64, (x, w, grad)), stride, multiplied)
+    actual = values_and_gradients(partial(F.conv2d, stride=stride, padding=1), (x, w), grad)
+    for name, a, e in zip(NAMES, actual, exact, strict=False):
+        assert_same(a, e.to(dtype), name)
 
 
 @pytest.mark.parametrize("op", OPS)
