@@ -411,9 +411,8 @@ def test_triton_that_does_not_work_is_off_with_a_reason(tmp_path, fake):
 @pytest.mark.parametrize(
     ("op", "kernel"),
     [
-        ("conv2d", "grad_weight_kernel"),
-        ("relu", "backward_kernel"),
-        ("cross_entropy", "backward_kernel"),
+        *(("conv2d", f"{name}_kernel") for name in ("conv", "grad_weight", "pool", "unpool")),
+        *((op, f"{name}_kernel") for op in ("relu", "cross_entropy") for name in ("forward", "backward")),
         ("adam", "update_kernel"),
         ("sgd", "update_kernel"),
     ],
@@ -434,6 +433,7 @@ def test_a_kernel_that_does_not_compile_turns_its_op_and_dtype_off(monkeypatch, 
 
     tl = pytest.importorskip("triton.language")
     monkeypatch.setattr(module, kernel, Refusing())
+    monkeypatch.setattr(fastnn.triton, "is_interpreted", lambda: True)  # which looks at a kernel
     monkeypatch.setattr(dispatch, "_choices", {})
     fastnn.triton.why_off.cache_clear()
     dispatch._logged.clear()
