@@ -230,7 +230,8 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
     """Whether fastnn's kernels serve a call of ``op`` on these floating-point arguments (None: not given).
 
     False sends the call to native torch: another dtype (or mixed ones), device, layout or tensor subclass, a
-    torch.func transform, forward-mode AD, torch.jit.trace, or ``backend('torch')``.
+    torch.func transform, forward-mode AD, torch.jit.trace, ``backend('torch')``, or what has to see operators where
+    Triton's are not the dispatcher's.
     """
     # Mostly one question to C; the compiler cannot look into that, and asks in Python.
     compiling = torch.compiler.is_compiling()
@@ -247,7 +248,7 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         log_once(op, "of forward-mode AD")
         return False
-    if forced() is not None or kind[0].type != "cpu":  # else the CPU's kernels, which are always there
+    if not plain and (forced() is not None or kind[0].type != "cpu"):  # else the CPU's kernels, which are always there
         backend, reason = choice(op, *kind)
         if backend == "torch":
             if reason:
