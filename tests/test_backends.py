@@ -150,6 +150,17 @@ def test_devices_that_compiled_code_runs_on(architectures, runs, does_not):
             assert dispatch.has_code_for((int(major), int(minor)), architectures) == expected, capability
 
 
+@needs_triton
+def test_the_trial_runs_where_the_tensors_will_be(monkeypatch):
+    """Triton launches on the current device, which another's tensors do not make theirs."""
+    entered = []
+    monkeypatch.setattr(torch.accelerator, "device_index", lambda i: entered.append(i) or contextlib.nullcontext())
+    monkeypatch.setattr(fastnn.triton, "is_interpreted", lambda: False)
+    trial = importlib.import_module("fastnn.triton.trial")
+    monkeypatch.setattr(trial, "is_right", lambda op, device, dtype: entered == [device.index])
+    assert fastnn.triton.why_off.__wrapped__("relu", torch.device("cuda", 1), torch.float32) is None
+
+
 def test_each_gpu_has_a_choice_of_its_own(monkeypatch):
     """Of two in one machine, the one that the compiled kernels have no code for gets Triton's."""
     monkeypatch.setattr(dispatch, "_choices", {})

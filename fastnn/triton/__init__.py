@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -38,7 +38,8 @@ def why_off(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
             return "its interpreter, TRITON_INTERPRET=1, takes CPU tensors alone"
         from fastnn.triton.trial import is_right
 
-        with _disable_current_modes():  # which are those of the call that happens to be the first
+        # The modes are those of the call that happens to be the first.
+        with _disable_current_modes(), _current(device):
             if not is_right(op, device, dtype):
                 return f"triton {triton.__version__} computes {op} wrong in {dtype}"
     except Exception as error:  # whatever a broken installation, or a kernel that does not compile, may do
@@ -53,6 +54,11 @@ def is_interpreted() -> bool:
     from triton.runtime.interpreter import InterpretedFunction
 
     return isinstance(importlib.import_module("fastnn.triton.relu").forward_kernel, InterpretedFunction)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes it the one that Triton launches on."""
+    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
 
 
 def first_tensor(args: tuple[Any, ...]) -> Tensor | None:
@@ -74,7 +80,7 @@ def function(operator: str) -> Callable[..., Any]:
         first = first_tensor(args)
         if first is None:
             return None
-        with nullcontext() if first.is_cpu else torch.accelerator.device_index(first.device.index):
+        with _current(first.device):
             return compute(*args)
 
     return call
