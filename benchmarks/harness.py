@@ -156,7 +156,7 @@ def ours_of(op: str, function: Callable[..., Any], settings: Settings) -> dict[s
 
         return call
 
-    return {f"fastnn {name}": on(name) for name in backends if dispatch.why_off(name, op, device_type) is None}
+    return {f"fastnn {name}": on(name) for name in backends if dispatch.why_off(name, op, settings.device) is None}
 
 
 def compiled(function: Callable[..., Any], settings: Settings) -> Callable[..., Any]:

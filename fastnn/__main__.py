@@ -1,6 +1,7 @@
 """``python -m fastnn``: what is built, which backend serves which op on this machine, and whether it computes right.
 
-Every available backend is compared with native PyTorch, in about a second; the exit status is 1 if one differs.
+Every available backend is compared with native PyTorch in each dtype, in about a second (Triton on a GPU takes longer
+the first time: it compiles); the exit status is 1 if one differs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +23,9 @@ import fastnn
 import fastnn.nn.functional as F
 import fastnn.optim
 from fastnn import _C
-from fastnn.dispatch import CUDA_OFF, DEVICES, FORCED_DEVICES, KERNELS, OPERATORS, forced, why_off
+from fastnn.dispatch import CUDA_OFF, DEVICES, FORCED_DEVICES, KERNEL_DTYPES, KERNELS, OPERATORS, forced, why_off
+
+DTYPES = sorted(KERNEL_DTYPES, key=str)
 
 
 def facts() -> dict[str, Any]:
@@ -47,23 +51,27 @@ def facts() -> dict[str, Any]:
     }
 
 
-def device_of(backend: str) -> str:
-    """The device type that ``backend`` would run on here."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    here = "cpu" if accelerator is None else accelerator.type
-    return here if here in FORCED_DEVICES[backend] else FORCED_DEVICES[backend][0]
+def device_of(backend: str) -> torch.device:
+    """The device that ``backend`` would run on here."""
+    here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return here if here.type in FORCED_DEVICES[backend] else torch.device(FORCED_DEVICES[backend][0])
+
+
+def reasons(backend: str, op: str) -> dict[torch.dtype, str | None]:
+    """Per dtype why ``backend`` cannot serve ``op`` here; None if it can."""
+    return {dtype: why_off(backend, op, device_of(backend), dtype) for dtype in DTYPES}
 
 
 def table() -> dict[str, dict[str, str]]:
-    """Per op and backend ``'available'``, or why not."""
-    return {
-        op: {
-            backend: "available" if reason is None else f"off: {reason}"
-            for backend in KERNELS
-            for reason in [why_off(backend, op, device_of(backend))]
-        }
-        for op in OPERATORS
-    }
+    """Per op and backend ``'available'``, or why not, or for which dtypes not."""
+
+    def state(why: dict[torch.dtype, str | None]) -> str:
+        off = {dtype: reason for dtype, reason in why.items() if reason is not None}
+        if len(off) == len(why):
+            return f"off: {next(iter(off.values()))}"
+        return "; ".join(["available", *(f"off for {dtype}: {reason}" for dtype, reason in off.items())])
+
+    return {op: {backend: state(reasons(backend, op)) for backend in KERNELS} for op in OPERATORS}
 
 
 def markdown() -> str:
@@ -75,37 +83,45 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-# ---- the self-test: per op, results and gradients to be compared with native's ----
+# ---- the self-test: per op, results and gradients to be compared with native's in float64 ----
+# The sizes are no multiples of any vector or block, and larger than one of them.
+
+Draw = Callable[..., Tensor]
 
 
-def _with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+def _with_gradients(function: Callable[..., Tensor], draw: Draw, *inputs: Tensor) -> list[Tensor]:
     leaves = [t.requires_grad_() for t in inputs]
     output = function(*leaves)
-    return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+    return [output, *torch.autograd.grad(output, leaves, draw(*output.shape))]
 
 
-def _conv2d(draw: Callable[..., Tensor]) -> list[Tensor]:
-    inputs = [draw(2, 4, 9, 11), draw(6, 2, 3, 3), draw(6)]
-    plain = _with_gradients(lambda x, w, b: F.conv2d(x, w, b, stride=(1, 2), padding=1, groups=2), *inputs)
-    pooled = _with_gradients(lambda x, w, b: F.conv2d_relu_max_pool2d(x, w, b, padding=1, groups=2), *inputs)
+def _conv2d(draw: Draw) -> list[Tensor]:
+    inputs = [draw(1, 20, 17, 13), draw(66, 20, 3, 3), draw(66)]  # wide enough for matrix units
+    plain = _with_gradients(lambda x, w, b: F.conv2d(x, w, b, stride=(1, 2), padding=1), draw, *inputs)
+    inputs = [draw(2, 3, 19, 23), draw(9, 1, 3, 3), draw(9)]
+    pooled = _with_gradients(lambda x, w, b: F.conv2d_relu_max_pool2d(x, w, b, padding=1, groups=3), draw, *inputs)
     return plain + pooled
 
 
-def _relu(draw: Callable[..., Tensor]) -> list[Tensor]:
-    return _with_gradients(F.relu, draw(3, 1001))
+def _relu(draw: Draw) -> list[Tensor]:
+    return _with_gradients(F.relu, draw, draw(3, 1001))
 
 
-def _max_pool2d(draw: Callable[..., Tensor]) -> list[Tensor]:
-    return _with_gradients(lambda x: F.max_pool2d(x, 3, 2, padding=1), draw(2, 5, 19, 23))
+def _max_pool2d(draw: Draw) -> list[Tensor]:
+    return _with_gradients(lambda x: F.max_pool2d(x, 3, 2, padding=1), draw, draw(2, 5, 19, 23))
 
 
-def _cross_entropy(draw: Callable[..., Tensor]) -> list[Tensor]:
-    x = draw(8, 50)
-    return _with_gradients(lambda x: F.cross_entropy(x, x.argmin(1), label_smoothing=0.1), x)
+def _cross_entropy(draw: Draw) -> list[Tensor]:
+    def results(rows: int, classes: int, **options: Any) -> list[Tensor]:
+        x = draw(rows, classes)
+        target = torch.arange(rows, device=x.device) * 7 % classes
+        return _with_gradients(lambda x: F.cross_entropy(x, target, **options), draw, x)
+
+    return results(133, 35, reduction="none") + results(3, 5003, label_smoothing=0.1)
 
 
-def _optimizer(cls: Callable[..., torch.optim.Optimizer], draw: Callable[..., Tensor]) -> list[Tensor]:
-    params = [torch.nn.Parameter(draw(*shape)) for shape in ((5, 7), (33,))]
+def _optimizer(cls: Callable[..., torch.optim.Optimizer], draw: Draw) -> list[Tensor]:
+    params = [torch.nn.Parameter(draw(*shape)) for shape in ((5, 7), (2051,))]
     optimizer = cls(params)
     for _ in range(2):
         for p in params:
@@ -114,7 +130,7 @@ def _optimizer(cls: Callable[..., torch.optim.Optimizer], draw: Callable[..., Te
     return [p.detach() for p in params]
 
 
-SELF_TEST: dict[str, Callable[[Callable[..., Tensor]], list[Tensor]]] = {
+SELF_TEST: dict[str, Callable[[Draw], list[Tensor]]] = {
     "conv2d": _conv2d,
     "relu": _relu,
     "max_pool2d": _max_pool2d,
@@ -124,19 +140,58 @@ SELF_TEST: dict[str, Callable[[Callable[..., Tensor]], list[Tensor]]] = {
 }
 
 
-def self_test(backend: str, op: str) -> str:
-    """``'as native'``, or how ``backend`` differs from native PyTorch in ``op``."""
-    device = device_of(backend)
-    results = []
+def _drawing(values: torch.dtype, device: torch.device, dtype: torch.dtype) -> Draw:
+    """A function that draws what a test in the dtype ``values`` is about, as tensors of this device and dtype: normal
+    numbers in float64. In the others small whole numbers, whose products and sums float32 and TF32 hold exactly: so a
+    convolution's results are rounded once, at their end, and max-pooling finds the same element everywhere."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (drawn if values is torch.float64 else drawn.round()).to(device, dtype)
+
+    return draw
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far a result may be from float64's, of the largest in its tensor: 16-bit results (a loss and then its
+    gradient, a state and then its parameter) are rounded twice, the wider ones at every addition of a sum."""
+    return torch.finfo(dtype).eps * (2 if dtype.itemsize == 2 else 32)
+
+
+@contextmanager
+def native_refused() -> Iterator[None]:
+    """Inside the block the native counterpart of every op raises."""
+    functions = [(torch.nn.functional, op) for op in ("conv2d", "relu", "max_pool2d", "cross_entropy")]
+    places = [*functions, (torch.optim.Adam, "step"), (torch.optim.SGD, "step")]
+    originals = [getattr(owner, name) for owner, name in places]
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("it went to native torch")
+
+    for owner, name in places:
+        setattr(owner, name, refuse)
     try:
-        for name in ("torch", backend):
-            generator = torch.Generator().manual_seed(0)
-            with fastnn.backend(name):
-                draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(device)  # noqa: B023, E731
-                results.append(SELF_TEST[op](draw))
-        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-    except Exception as error:  # whatever a broken backend may do
-        return f"DIFFERS: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        yield
+    finally:
+        for (owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def self_test(backend: str, op: str) -> str:
+    """``'as native'``, or how ``backend`` differs from native PyTorch in ``op``, in a dtype that it serves."""
+    cpu = torch.device("cpu")
+    for dtype in [dtype for dtype, reason in reasons(backend, op).items() if reason is None]:
+        try:
+            with fastnn.backend("torch"):
+                expected = SELF_TEST[op](_drawing(dtype, cpu, torch.float64))
+            with fastnn.backend(backend), native_refused():
+                results = SELF_TEST[op](_drawing(dtype, device_of(backend), dtype))
+            for result, exact in zip(results, expected, strict=True):
+                atol = tolerance(dtype) * exact.abs().max().item()
+                torch.testing.assert_close(result.to(cpu, torch.float64), exact, rtol=0, atol=atol)
+        except Exception as error:  # whatever a broken backend may do
+            return f"DIFFERS in {dtype}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return "as native"
 
 
@@ -151,7 +206,7 @@ def main() -> int:
         return 0
     support = table()
     tests = {
-        op: {backend: self_test(backend, op) for backend, state in states.items() if state == "available"}
+        op: {backend: self_test(backend, op) for backend, state in states.items() if state.startswith("available")}
         for op, states in support.items()
     }
     failed = any(result != "as native" for results in tests.values() for result in results.values())
@@ -165,7 +220,7 @@ def main() -> int:
     print(f"\n{'op':<15} backend  state")
     for op, states in support.items():
         for backend, state in states.items():
-            result = f", {tests[op][backend]}" if backend in tests[op] else ""
+            result = f"; {tests[op][backend]}" if backend in tests[op] else ""
             print(f"{op:<15} {backend:<8} {state}{result}")
     return int(failed)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -64,22 +65,51 @@ LIBRARIES: dict[str, Any] = {"cpu": _C}
 CUDA_OFF = _load_cuda()
 
 
-def why_off(backend: str, op: str, device_type: str) -> str | None:
-    """Why the kernels of ``backend`` cannot serve ``op`` on tensors of ``device_type``; None if they can."""
-    if op not in KERNELS[backend]:
-        return "it has no kernel of this op"
-    if device_type not in FORCED_DEVICES[backend]:
-        return f"it has no kernels for {device_type} tensors"
-    if backend == "cuda":
+def has_code_for(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether code compiled for ``architectures``, "8.0;9.0a;12.0+PTX" say, runs on a CUDA device of this capability.
+
+    Machine code does on that minor version and later ones of the same major, PTX on all later devices; both of "a" on
+    that one alone. A list with names in it ("Ampere") is taken to fit.
+    """
+    for architecture in re.split("[; ]+", architectures.strip()):
+        parts = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", architecture)
+        if parts is None:
+            return True
+        built = (int(parts[1]), int(parts[2]))
+        if built == capability or (built < capability and not parts[3] and (parts[4] or built[0] == capability[0])):
+            return True
+    return False
+
+
+def _why_cuda_off(device: torch.device) -> str | None:
+    if CUDA_OFF is not None:
         return CUDA_OFF
-    return triton.why_off(device_type) if backend == "triton" else None
+    capability, architectures = torch.cuda.get_device_capability(device), LIBRARIES["cuda"].architectures
+    if has_code_for(capability, architectures):
+        return None
+    return f"its kernels are compiled for {architectures}, and {device} is {'.'.join(map(str, capability))}"
+
+
+NO_KERNEL = "it has no kernel of this op"
+
+
+def why_off(backend: str, op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the kernels of ``backend`` cannot serve ``op`` on tensors of this device and dtype; None if they can."""
+    if op not in KERNELS[backend]:
+        return NO_KERNEL
+    if device.type not in FORCED_DEVICES[backend]:
+        return f"it has no kernels for {device.type} tensors"
+    if backend == "cuda":
+        return _why_cuda_off(device)
+    return triton.why_off(op, device, dtype) if backend == "triton" else None
 
 
 # ---- the choice ----
 
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+NOT_IN_DISPATCHER = "torch.compile or a TorchDispatchMode would call the compiled kernels, not triton's"
+PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 _logged: set[tuple[str, str]] = set()
-_choices: dict[tuple[str, str, str | None], tuple[str, str]] = {}
+_choices: dict[tuple[str, torch.device, torch.dtype, str | None], tuple[str, str]] = {}
 
 
 def _checked(name: object, source: str) -> str:
@@ -99,12 +129,14 @@ def backend(name: str) -> Iterator[None]:
     """Force the implementation of every fastnn call inside the ``with`` block (of this thread or task).
 
     The backward pass of such a call runs on the same implementation, wherever it is called. ``FASTNN_BACKEND`` forces
-    one for a whole process.
+    one for a whole process. What :func:`torch.compile` compiles keeps the one that was forced when it did.
 
     Args:
         name: ``'cpu'`` or ``'cuda'`` for the compiled kernels, ``'triton'``, or ``'torch'`` for native PyTorch. A call
             that the forced kernels do not cover gives the native result. ``'triton'`` on CPU tensors is Triton's
-            interpreter, and needs ``TRITON_INTERPRET=1`` in the environment.
+            interpreter, and needs ``TRITON_INTERPRET=1`` in the environment. Under :func:`torch.compile` and
+            TorchDispatchModes, which see operators, it serves the devices that have no compiled kernels; elsewhere the
+            operators are the compiled kernels', and such calls give the native result.
 
     Raises:
         ValueError: ``name`` is none of these.
@@ -136,42 +168,48 @@ def forced_to(name: str | None) -> Iterator[None]:
 
 
 def log_once(op: str, reason: str) -> None:
-    """One DEBUG line per operator and reason: why a call went to native torch. None while torch.compile traces."""
-    if not torch.compiler.is_compiling() and (op, reason) not in _logged:
+    """One DEBUG line per operator and reason: why a call went, or was compiled to go, to native torch."""
+    if (op, reason) not in _logged:
         _logged.add((op, reason))
         logger.debug("%s: native torch, because %s", op, reason)
 
 
-def choice(call: str, device_type: str) -> tuple[str, str]:
-    """The backend that serves ``call`` on tensors of ``device_type``, and why none but ``'torch'`` does."""
+log_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # it runs while the compiler traces
+
+
+def choice(call: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that serves ``call`` on tensors of this device and dtype, and why none but ``'torch'`` does."""
     name = forced()
-    key = (call, device_type, name)
+    key = (call, device, dtype, name)
     if key not in _choices:
         op = next(op for op in OPERATORS if call.startswith(op))  # conv2d_relu is one of conv2d's
-        candidates = [b for b in KERNELS if device_type in DEVICES[b]] if name is None else [name]
-        reasons = {b: why_off(b, op, device_type) for b in candidates if b != "torch"}
+        candidates = [b for b in KERNELS if device.type in DEVICES[b]] if name is None else [name]
+        reasons = {b: why_off(b, op, device, dtype) for b in candidates if b != "torch"}
         served = next((b for b, reason in reasons.items() if reason is None), None)
         if served is not None:
             _choices[key] = served, ""
         elif reasons:
             _choices[key] = "torch", "; ".join(f"{b} is off: {reason}" for b, reason in reasons.items())
         else:
-            _choices[key] = "torch", "" if name == "torch" else f"device {device_type} has no kernel"
+            _choices[key] = "torch", "" if name == "torch" else f"device {device.type} has no kernel"
     return _choices[key]
 
 
 choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _device_type(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """Where the tensors of a call are; None, logged, if no kernel takes them, wherever they are."""
+_ON_CPU = (torch.device("cpu"), torch.float32)
+
+
+def _kind(op: str, tensors: tuple[Tensor | None, ...]) -> tuple[torch.device, torch.dtype] | None:
+    """The device and dtype of a call's tensors; None, logged, if no kernel takes them, whatever these are."""
     first: Tensor | None = None
     for tensor in tensors:
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             log_once(op, "an argument is no tensor")
-        elif type(tensor) not in _PLAIN_TYPES:
+        elif type(tensor) not in PLAIN_TYPES:
             log_once(op, f"of a {type(tensor).__name__} argument")
         elif tensor.dtype not in KERNEL_DTYPES:
             log_once(op, f"dtype {tensor.dtype} has no kernel")
@@ -185,42 +223,48 @@ def _device_type(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
             first = first if first is not None else tensor
             continue
         return None
-    return "cpu" if first is None else first.device.type
+    return _ON_CPU if first is None else (first.device, first.dtype)
 
 
 def use_kernels(op: str, *tensors: Tensor | None) -> bool:
     """Whether fastnn's kernels serve a call of ``op`` on these floating-point arguments (None: not given).
 
     False sends the call to native torch: another dtype (or mixed ones), device, layout or tensor subclass, a
-    torch.func transform, forward-mode AD, torch.jit.trace, or ``backend('torch')``.
+    torch.func transform, forward-mode AD, torch.jit.trace, ``backend('torch')``, or what has to see operators where
+    Triton's are not the dispatcher's.
     """
     # Mostly one question to C; the compiler cannot look into that, and asks in Python.
     compiling = torch.compiler.is_compiling()
-    plain = not compiling and _C.are_plain(*tensors)
-    device_type = "cpu" if plain else _device_type(op, tensors)
-    if device_type is None:
+    plain = not compiling and forced() is None and _C.are_plain(*tensors)
+    kind = _ON_CPU if plain else _kind(op, tensors)
+    if kind is None:
         return False
     if not compiling and torch._C._is_tracing():  # would record a call past the dispatcher as a constant
         log_once(op, "of torch.jit.trace")
         return False
-    if forced() is not None or device_type != "cpu":  # else the CPU's kernels, which are always there
-        backend, reason = choice(op, device_type)
-        if backend == "torch":
-            if reason:
-                log_once(op, reason)
-            return False
     if torch._C._are_functorch_transforms_active():
         log_once(op, "of a torch.func transform")
         return False
     if forward_ad._current_level >= 0:
         log_once(op, "of forward-mode AD")
         return False
+    if not plain and (forced() is not None or kind[0].type != "cpu"):  # else the CPU's kernels, which are always there
+        backend, reason = choice(op, *kind)
+        if backend == "torch":
+            if reason:
+                log_once(op, reason)
+            return False
+        if backend == "triton" and kind[0].type not in TRITON_REGISTERED and (compiling or _dispatch_modes()):
+            log_once(op, NOT_IN_DISPATCHER)
+            return False
     return True
 
 
 # ---- the implementation ----
 
 _operators: dict[str, Callable[..., Any]] = {}
+# The device types, of those without compiled kernels, whose operators are Triton's.
+TRITON_REGISTERED = {device_type for device_type in DEVICES["triton"] if device_type not in LIBRARIES}
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 profiler_enabled = torch._C._autograd._profiler_enabled
@@ -234,22 +278,26 @@ def entry(operator: str, tensor: Tensor) -> Callable[..., Any] | None:
     return getattr(LIBRARIES["cpu"], operator, None)
 
 
-def kernel(operator: str) -> Callable[..., Any]:
-    """What computes ``torch.ops.fastnn.<operator>`` in this call: what is registered for the tensors' device, or
-    Triton's function where that is forced, unless a TorchDispatchMode has to see the operator."""
-    if forced() == "triton" and torch._C._len_torch_dispatch_stack() == 0:
-        return triton.function(operator)
-    return _operators[operator]
+def kernel(operator: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """What computes ``torch.ops.fastnn.<operator>`` of these arguments: Triton's function where that is chosen, unless
+    a mode or profiler can see the operator on the way; else what is registered for the tensors' device."""
+    first = triton.first_tensor(args)
+    if first is None or choice(operator, first.device, first.dtype)[0] != "triton":
+        return _operators[operator]
+    seen = (_dispatch_modes() or profiler_enabled()) and first.device.type in TRITON_REGISTERED
+    return _operators[operator] if seen else triton.function(operator)
 
 
 def _register() -> None:
-    """Triton's functions for the devices that have no compiled kernels; nothing of Triton is loaded by this."""
+    """Triton's functions for TRITON_REGISTERED; nothing of Triton is loaded by this."""
 
-    def loading(operator: str) -> Callable[..., Any]:
+    def loading(op: str, operator: str) -> Callable[..., Any]:
         def load_and_call(*args: Any) -> Any:
-            tensor = next(t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor))
-            if reason := triton.why_off(tensor.device.type):
-                raise NotImplementedError(f"fastnn::{operator}: no compiled kernels, and triton is off: {reason}")
+            tensor = triton.first_tensor(args)
+            if tensor is not None and tensor.dtype in KERNEL_DTYPES:  # Triton's function itself refuses others
+                reason = triton.why_off(op, tensor.device, tensor.dtype)
+                if reason is not None:
+                    raise NotImplementedError(f"fastnn::{operator}: no compiled kernels, and triton is off: {reason}")
             return triton.function(operator)(*args)
 
         return load_and_call
@@ -257,10 +305,8 @@ def _register() -> None:
     for op, operators in OPERATORS.items():
         for operator in operators:
             _operators[operator] = getattr(torch.ops.fastnn, operator).default
-            for device_type in DEVICES["triton"]:
-                compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{operator}", device_type.upper())
-                if op in KERNELS["triton"] and not compiled:
-                    torch.library.impl(f"fastnn::{operator}", device_type, loading(operator))
+            for device_type in TRITON_REGISTERED if op in KERNELS["triton"] else ():
+                torch.library.impl(f"fastnn::{operator}", device_type, loading(op, operator))
 
 
 _register()

@@ -126,5 +126,5 @@ TYPICAL = {
 
 
 def values_of(shapes, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]

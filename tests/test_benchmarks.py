@@ -216,7 +216,7 @@ def test_a_gpu_has_a_row_for_every_backend_and_native_at_its_best(monkeypatch):
     """What is listed; that it runs, a GPU has to show."""
     gpu = Settings(torch.device("cuda"), compile_all=True)
     off = {"cuda": "not built"}
-    monkeypatch.setattr(harness.dispatch, "why_off", lambda backend, op, device_type: off.get(backend))
+    monkeypatch.setattr(harness.dispatch, "why_off", lambda backend, op, device: off.get(backend))
     assert set(relu.functions(gpu)) == {"eager", "compiled", "fastnn triton"}
     off.clear()
     names = set(conv2d.calls(conv2d.LAYERS[0], gpu))
@@ -254,7 +254,7 @@ def test_steps_are_undone(module, name):
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or fastnn.dispatch.why_off("cuda", "adam", "cuda") is not None,
+    not torch.cuda.is_available() or fastnn.dispatch.why_off("cuda", "adam", torch.device("cuda")) is not None,
     reason="CUDA graphs need a GPU, and the kernels for it",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

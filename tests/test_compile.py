@@ -120,6 +120,15 @@ CALLS = {
 }
 
 
+def test_what_is_compiled_natively_is_said(caplog):
+    fastnn.dispatch._logged.clear()
+    with caplog.at_level("DEBUG", logger="fastnn"):
+        torch.compile(lambda x, y: F.relu(x) + F.conv2d(y, y), fullgraph=True, backend="eager")(randn(5), W.half())
+    assert [record.getMessage() for record in caplog.records if record.name == "fastnn"] == [
+        "relu: native torch, because torch.compile fuses its own into what stands beside it"
+    ]
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_calls(name):
     check(*CALLS[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import (
@@ -27,7 +29,7 @@ from reference import (
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as native
-from wheel import module_info, older_module_tests, op_info, raised
+from wheel import here, module_info, older_module_tests, op_info, raised
 
 import fastnn
 import fastnn.nn.functional as F
@@ -506,10 +508,12 @@ def test_matches_the_definition(backend, case):
     }
     output_shape = native.conv2d(x, w, b, **case.kwargs).shape
     grad_output = normals(torch.float64, tuple(output_shape))
-    exact = conv2d_numpy(*(t.numpy() for t in (x, w, b, grad_output)), **pairs, groups=case.kwargs.get("groups", 1))
+    exact = conv2d_numpy(
+        *(t.cpu().numpy() for t in (x, w, b, grad_output)), **pairs, groups=case.kwargs.get("groups", 1)
+    )
     actual = values_and_gradients(partial(F.conv2d, **case.kwargs), (x, w, b), grad_output)
     for a, e in zip(actual, exact, strict=True):
-        np.testing.assert_allclose(a.numpy(), e, rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(a.cpu().numpy(), e, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("width", [*mostly_big(range(1, 17), emulated=True), 17, *mostly_big(range(18, 41))])
@@ -642,6 +646,55 @@ def test_depthwise_padding_is_not_multiplied(backend, stride, layout, channels):
     actual = values_and_gradients(partial(F.conv2d, **kwargs), (LAYOUTS[layout](x), w, b), LAYOUTS[layout](grad_output))
     for name, a, e in zip(NAMES, actual, exact, strict=True):
         torch.testing.assert_close(a, e, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def by_definition(x: Tensor, w: Tensor, grad: Tensor, stride: int, multiplied: tuple[bool, ...]) -> list[Tensor]:
+    """A convolution with padding 1 and its gradients, which multiply the zeros of the padding (and those between the
+    positions of a strided convolution's result) where ``multiplied`` says so of output, grad_input, grad_weight."""
+    (height, width), (rows, cols) = x.shape[2:], grad.shape[2:]
+    output, grad_input, grad_weight = (torch.zeros_like(t) for t in (grad, x, w))
+    for r, q in itertools.product(range(3), range(3)):
+        tap = w[:, :, r, q]
+        for y, z in itertools.product(range(rows), range(cols)):
+            i, j = y * stride + r - 1, z * stride + q - 1
+            inside = 0 <= i < height and 0 <= j < width
+            pixel = x[:, :, i, j] if inside else torch.zeros_like(x[:, :, 0, 0])
+            if inside or multiplied[0]:
+                output[:, :, y, z] += (pixel[:, None] * tap).sum(2)
+            if inside or multiplied[2]:
+                grad_weight[:, :, r, q] += (grad[:, :, y, z, None] * pixel[:, None]).sum(0)
+        for i, j in itertools.product(range(height), range(width)):
+            y, z = i + 1 - r, j + 1 - q
+            inside = y % stride == 0 == z % stride and 0 <= y // stride < rows and 0 <= z // stride < cols
+            position = grad[:, :, y // stride, z // stride] if inside else torch.zeros_like(grad[:, :, 0, 0])
+            if inside or multiplied[1]:
+                grad_input[:, :, i, j] += (position[:, :, None] * tap).sum(1)
+    return [output, grad_input, grad_weight]
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "triton"], indirect=True)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("channels", "results", "dtype", "multiplied"),
+    [
+        (16, 32, torch.float32, (True, True, True)),
+        (16, 32, torch.float16, (True, True, True)),
+        (3, 32, torch.float32, (True, False, True)),
+        (16, 8, torch.float32, (False, True, False)),
+        (3, 8, torch.float32, (False, False, False)),
+        (16, 32, torch.float64, (False, False, False)),
+    ],
+)
+def test_which_zeros_matrix_units_multiply(backend, channels, results, dtype, multiplied, stride):
+    """As docs/backends.md says of Triton: these and no other make NaN of an infinite weight or gradient."""
+    x, w = integers(dtype, (2, channels, 5, 6)), integers(dtype, (results, channels, 3, 3))
+    w[1, 0, 0, 1], w[2, 0, 2, 2] = torch.inf, torch.nan
+    grad = integers(dtype, tuple(native.conv2d(x, w, stride=stride, padding=1).shape))
+    grad[0, 3, 0, 2], grad[1, 4, -1, -1] = torch.inf, -torch.inf
+    exact = by_definition(*map(to_float64, (x, w, grad)), stride, multiplied)
+    actual = values_and_gradients(partial(F.conv2d, stride=stride, padding=1), (x, w), grad)
+    for name, a, e in zip(NAMES, actual, exact, strict=False):
+        assert_same(a, e.to(dtype), name)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -796,6 +849,7 @@ def first_floating(outputs: Any) -> Any:
     ids=str,
 )
 def test_raw_operator_refuses_wrong_arguments(backend, wrong):
+    wrong = {name: t.to(here()) for name, t in wrong.items()}
     with pytest.raises(RuntimeError, match="conv2d"):
         torch.ops.fastnn.conv2d(*conv2d_arguments(False, **wrong))
     with pytest.raises(RuntimeError, match="conv2d"):
@@ -889,7 +943,7 @@ def test_same_bits_every_time(backend, layout, groups):
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_wheel_samples(backend, op, dtype):
-    samples = list(op_info("conv2d").sample_inputs("cpu", dtype))
+    samples = list(op_info("conv2d").sample_inputs(here(), dtype))
     assert len(samples) >= 30
     for sample in samples:
         inputs = (sample.input, *sample.args)
@@ -915,7 +969,7 @@ def test_wheel_samples(backend, op, dtype):
 @pytest.mark.expects_native
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.complex128], ids=str)
 def test_wheel_samples_without_a_kernel(backend, dtype):
-    for sample in op_info("conv2d").sample_inputs("cpu", dtype, requires_grad=dtype.is_complex):
+    for sample in op_info("conv2d").sample_inputs(here(), dtype, requires_grad=dtype.is_complex):
         exact = native.conv2d(sample.input, *sample.args, **sample.kwargs)
         ours = F.conv2d(sample.input, *sample.args, **sample.kwargs)
         assert_same(ours, exact, "output")
@@ -931,7 +985,7 @@ def test_wheel_samples_without_a_kernel(backend, dtype):
 
 @pytest.mark.expects_native
 def test_wheel_error_inputs(backend):
-    errors = list(op_info("conv2d").error_inputs("cpu"))
+    errors = list(op_info("conv2d").error_inputs(here()))
     assert len(errors) >= 10
     for case in errors:
         sample = case.sample_input
@@ -976,6 +1030,7 @@ MORE_ERRORS = [
 @pytest.mark.parametrize(("args", "kwargs"), MORE_ERRORS)
 def test_errors_are_natives(backend, args, kwargs):
     """The error, type and text, or where native has an answer after all, that answer."""
+    args = [t.to(here()) if isinstance(t, Tensor) else t for t in args]
     try:
         exact = native.conv2d(*args, **kwargs)
     except Exception as exception:
@@ -1022,7 +1077,7 @@ def module_samples() -> list[Any]:
     """Every nn.Conv2d of torch's own module tests, as (constructor arguments, input shape)."""
     samples = []
     info = module_info("Conv2d")
-    for m in info.module_inputs_func(info, "cpu", torch.float64, requires_grad=False, training=True):
+    for m in info.module_inputs_func(info, here(), torch.float64, requires_grad=False, training=True):
         args, kwargs = m.constructor_input.args, m.constructor_input.kwargs
         samples.append(((args, kwargs), tuple(m.forward_input.args[0].shape)))
     for test in older_module_tests("Conv2d"):
@@ -1081,10 +1136,9 @@ def test_layouts_and_types_without_a_kernel(backend):
     wrapped = F.conv2d(x.as_subclass(Wrapped), w, b)
     assert type(wrapped) is Wrapped
     assert_same(wrapped.as_subclass(Tensor), native.conv2d(x, w, b), "subclass")
-    dense = x.to_mkldnn()
-    torch.testing.assert_close(
-        F.conv2d(dense, w.to_mkldnn(), b.to_mkldnn()).to_dense(), native.conv2d(x, w, b)
-    ) if torch.backends.mkldnn.is_available() else None
+    if x.is_cpu and torch.backends.mkldnn.is_available():
+        on_mkldnn = F.conv2d(x.to_mkldnn(), w.to_mkldnn(), b.to_mkldnn())
+        torch.testing.assert_close(on_mkldnn.to_dense(), native.conv2d(x, w, b))
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -180,6 +180,7 @@ def test_other_max_pools_stay(backend, pool):
     assert "max-pool with padding" in report.left_alone[0][1]
 
 
+@pytest.mark.expects_native
 def test_max_pool_that_returns_indices_stays(backend):
     model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2, return_indices=True)).double()
     original = copy.deepcopy(model)

@@ -74,7 +74,7 @@ def test_arguments(backend, cls, kwargs, shape):
 def test_autocast(backend, cls, lower, dtypes):
     ours, theirs = (module.to(dtypes[1]) for module in pair(cls, 3, 4, 3, padding=1))
     x = torch.randn(2, 3, 9, 8).to(dtypes[0]).requires_grad_()
-    with torch.autocast("cpu", lower):
+    with torch.autocast(str(torch.get_default_device()), lower):
         results = [module(x) for module in (ours, theirs)]
     torch.testing.assert_close(*results)
     grad = torch.randn_like(results[0])
@@ -89,7 +89,7 @@ def test_autocast(backend, cls, lower, dtypes):
 @pytest.mark.parametrize("cls", [nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d])
 def test_autocast_leaves_float64_alone(backend, cls):
     ours, theirs = pair(cls, 3, 4, 3)
-    with torch.autocast("cpu"):
+    with torch.autocast(str(torch.get_default_device())):
         torch.testing.assert_close(*(module(torch.ones(1, 3, 8, 8, dtype=torch.float64)) for module in (ours, theirs)))
         for module in (ours, theirs):
             with pytest.raises(RuntimeError):

@@ -4,6 +4,7 @@ Everything here compares two optimizers on equal parameters and gradients (optim
 is the point. What is only Adam's or SGD's is in test_adam.py and test_sgd.py.
 """
 
+import contextlib
 import copy
 import io
 import pickle
@@ -188,8 +189,10 @@ def test_python_threads(backend, name):
     shapes = [(40_009,), (31,)]
     pairs = [Pair(name, values_of(shapes, seed=i), **TYPICAL[name]) for i in range(4)]
 
+    forced = fastnn.dispatch.forced()
+
     def work(pair):
-        with fastnn.backend("cpu"):
+        with fastnn.dispatch.forced_to(forced):
             for _ in range(5):
                 pair.ours.step()
 
@@ -515,7 +518,8 @@ def test_numbers_on_the_device_stay_there(backend, name, monkeypatch):
         pytest.skip("the CPU's kernels take these numbers from the host, where they are")
     lr = torch.tensor(0.05, dtype=torch.float64)
     pair = Pair(name, values_of([(9,)]), **{**TYPICAL[name], "lr": lr, "fused": True})
-    fastnn.dispatch.choice(pair.ours._op, pair.ours_params[0].device.type)  # the first one tries Triton and waits
+    first = pair.ours_params[0]
+    fastnn.dispatch.choice(pair.ours._op, first.device, first.dtype)  # the first one tries Triton and waits
     for seed, found in enumerate((1.0, 0.0, 0.0)):
         pair.set_grads(values_of([(9,)], seed=seed))
         for o in (pair.ours, pair.native):
@@ -537,7 +541,7 @@ def test_grad_scaler(backend, name, fused):
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 3, dtype=torch.float64)
         optimizer = getattr(module, name)(model.parameters(), fused=fused, **TYPICAL[name])
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        scaler = torch.amp.GradScaler(str(torch.get_default_device()), init_scale=2.0**10, growth_interval=2)
         for i in range(6):
             optimizer.zero_grad()
             x = torch.randn(4, 5, dtype=torch.float64) * (float("inf") if i in (2, 3) else 1)
@@ -585,7 +589,7 @@ def test_uncovered(backend, name, what):
                 if what == "sparse":
                     p.grad = p.grad.to_sparse()
             try:
-                with fastnn.backend("torch" if what == "backend" else "cpu"):
+                with fastnn.backend("torch") if what == "backend" else contextlib.nullcontext():
                     optimizer.step()
             except RuntimeError as e:
                 error = str(e)

@@ -12,7 +12,7 @@ from reference import FLOATING, LAYOUTS, assert_bitwise_equal
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as native
-from wheel import module_info, older_module_tests, op_info, raised
+from wheel import here, module_info, older_module_tests, op_info, raised
 
 import fastnn
 import fastnn.nn.functional as F
@@ -276,7 +276,7 @@ def test_raw_operator_refuses_wrong_arguments(backend):
 def test_wheel_samples(backend):
     info = op_info("relu")
     for dtype in sorted(info.dtypes, key=str):
-        samples = [*info.sample_inputs("cpu", dtype), *info.reference_inputs("cpu", dtype)]
+        samples = [*info.sample_inputs(here(), dtype), *info.reference_inputs(here(), dtype)]
         assert len(samples) >= 30
         for sample in samples:
             exact = native.relu(sample.input, *sample.args, **sample.kwargs)
@@ -304,7 +304,7 @@ def test_wheel_module_samples(backend):
     info = module_info("ReLU")
     inputs = [
         m.forward_input.args[0]
-        for m in info.module_inputs_func(info, "cpu", torch.float64, requires_grad=False, training=True)
+        for m in info.module_inputs_func(info, here(), torch.float64, requires_grad=False, training=True)
     ]
     inputs += [torch.randn(test["input_size"], dtype=torch.float64) for test in older_module_tests("ReLU")]
     assert len(inputs) >= 5

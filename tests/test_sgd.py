@@ -53,7 +53,7 @@ def numpy_classical(p, grads, lr, momentum, nesterov=False, weight_decay=0.0, da
     [{}, {"nesterov": True}, {"weight_decay": 0.1}, {"dampening": 0.3}, {"maximize": True, "weight_decay": 0.1}],
 )
 def test_lr_in_velocity(backend, options):
-    p, *grads = (x.numpy() for x in values_of([(13,)] * 6))
+    p, *grads = (x.cpu().numpy() for x in values_of([(13,)] * 6))
     lrs = [0.1, 0.1, 0.5, 0.01, 0.2]
     param = torch.nn.Parameter(torch.tensor(p))
     optimizer = fastnn.optim.SGD([param], lr=1, momentum=0.9, lr_in_velocity=True, **options)
@@ -62,8 +62,8 @@ def test_lr_in_velocity(backend, options):
         param.grad = torch.tensor(g)
         optimizer.step()
     expected, v = numpy_classical(p, grads, lrs, 0.9, **options)
-    np.testing.assert_allclose(param.detach().numpy(), expected, rtol=1e-13, atol=1e-15)
-    np.testing.assert_allclose(optimizer.state[param]["momentum_buffer"].numpy(), v, rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(param.detach().cpu().numpy(), expected, rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(optimizer.state[param]["momentum_buffer"].cpu().numpy(), v, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.expects_native
@@ -78,10 +78,10 @@ def test_lr_in_velocity_of_complex_parameters(backend, nesterov):
     for g in real[1:]:
         param.grad = g.clone()
         optimizer.step()
-    p, *grads = (x.numpy() for x in real)
+    p, *grads = (x.cpu().numpy() for x in real)
     expected, v = numpy_classical(p, grads, [0.1] * 4, 0.9, nesterov, weight_decay=0.1, maximize=True)
-    np.testing.assert_allclose(param.detach().numpy(), expected, rtol=1e-13)
-    np.testing.assert_allclose(optimizer.state[param]["momentum_buffer"].numpy(), v, rtol=1e-13)
+    np.testing.assert_allclose(param.detach().cpu().numpy(), expected, rtol=1e-13)
+    np.testing.assert_allclose(optimizer.state[param]["momentum_buffer"].cpu().numpy(), v, rtol=1e-13)
 
 
 def test_lr_in_velocity_is_a_group_option():

@@ -27,7 +27,17 @@ def kernels() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize(("target", "dtype"), [("cuda-90", "bfloat16"), ("hip-gfx942", "float32")])
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        ("cuda-80", "float64"),
+        ("cuda-90", "bfloat16"),
+        ("cuda-90", "tf32"),
+        ("hip-gfx90a", "float16"),
+        ("hip-gfx942", "float32"),
+        ("hip-gfx1100", "bfloat16"),
+    ],
+)
 def test_kernels_compile(target, dtype):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -10,6 +10,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import fastnn.triton
+from fastnn import dispatch
 from fastnn.dispatch import KERNELS, OPERATORS
 
 
@@ -21,8 +22,12 @@ def as_cpu_kernels():
         for op in KERNELS["triton"]:
             for operator in OPERATORS[op]:
                 library.impl(operator, fastnn.triton.function(operator), "CPU")
-        with np.errstate(all="ignore"):  # infinities and NaN are what some tests are about
-            yield
+        dispatch.TRITON_REGISTERED.add("cpu")
+        try:
+            with np.errstate(all="ignore"):  # infinities and NaN are what some tests are about
+                yield
+        finally:
+            dispatch.TRITON_REGISTERED.discard("cpu")
 
 
 # ---- repairs (Triton 3.9). The interpreter rounds float32 to bfloat16 towards zero, and tl.dot multiplies the bits of

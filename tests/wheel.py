@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+
+def here() -> str:
+    """The device of the tensors that a test makes: where the samples of torch's databases have to be, too."""
+    return str(torch.get_default_device())
+
+
 # torch's databases take seconds to import: they are imported by the tests that ask for them.
 
 

@@ -4,8 +4,9 @@ kernels."""
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
@@ -14,7 +15,9 @@ from torch.nn.functional import *  # noqa: F403
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastnn import ops as _ops
-from fastnn.dispatch import _C, forced, log_once, use_kernels
+from fastnn.dispatch import _C, PLAIN_TYPES, forced, log_once, use_kernels
+
+UNTAKEN = "the kernels do not take these arguments"  # which may be wrong: native torch then raises
 
 IntPair = int | tuple[int, ...] | list[int]
 
@@ -59,14 +62,23 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
             are tensors of up to 16384 elements, unless :func:`fastnn.backend` forces the kernels.
         inplace: write the result into ``input``.
     """
-    if has_torch_function_unary(input):  # torch's own protocol, which fastnn.convert and torch.fx build on
+    if _overrides(input):
         return handle_torch_function(native.relu, (input,), input, inplace=inplace)
-    # torch.compile fuses its own ReLU into what stands beside it, and could not fuse an operator of ours.
-    if torch.compiler.is_compiling() or _few("relu", input, MAX_FEW_ELEMENTS) or not use_kernels("relu", input):
+    if torch.compiler.is_compiling():  # which could not fuse an operator of ours
+        log_once("relu", "torch.compile fuses its own into what stands beside it")
+        return native.relu(input, inplace)
+    if _few("relu", input, MAX_FEW_ELEMENTS) or not use_kernels("relu", input):
         return native.relu(input, inplace)
     if inplace and not _writable(input):
+        log_once("relu", UNTAKEN)
         return native.relu(input, inplace)
     return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)
+
+
+def _overrides(input: object) -> bool:
+    """Whether ``input`` has torch's own protocol, which fastnn.convert and torch.fx build on. A TorchFunctionMode, as
+    every ``torch.device`` context and default device is, sees a call of native torch alone."""
+    return type(input) not in PLAIN_TYPES and has_torch_function_unary(input)
 
 
 def _few(op: str, input: Tensor, most: int) -> bool:
@@ -91,12 +103,22 @@ def relu_(input: Tensor) -> Tensor:
     return relu(input, inplace=True)
 
 
+def _is_sequence(value: object) -> TypeGuard[tuple[Any, ...] | list[Any]]:
+    return isinstance(value, (tuple, list))
+
+
 def _pair(value: object) -> list[int] | None:
     """Two ints of an int, or of a sequence of one or two; None for anything else, which native torch will refuse."""
-    values = value if isinstance(value, (tuple, list)) else [value]
+    values: Any = value if _is_sequence(value) else [value]
+    values = [int(v) if isinstance(v, np.integer) else v for v in values]
     if 1 <= len(values) <= 2 and all(type(v) is int for v in values):
         return [*values, *values][:2]
     return None
+
+
+def pool_step(window: list[int] | None, stride: object) -> list[int] | None:
+    """``_pair`` of a max-pool's stride, which is the window where it is left out."""
+    return window if stride is None or (_is_sequence(stride) and not stride) else _pair(stride)
 
 
 Geometry = tuple[list[int], list[int], list[int], int]
@@ -152,8 +174,14 @@ def _conv_geometry(
     cached = not torch.compiler.is_compiling() and _C.are_ints(*options)
     find = _cached_geometry if cached else _geometry
     geometry = find(input.shape, weight.shape, None if bias is None else bias.shape, options)
-    if geometry is not None and geometry[0][0] * geometry[0][1] > MAX_CONV2D_PHASES:
+    if geometry is None:
+        log_once(op, UNTAKEN)
+    elif geometry[0][0] * geometry[0][1] > MAX_CONV2D_PHASES:
         log_once(op, f"stride {tuple(geometry[0])} is larger than the kernels take")
+        return None
+    on_gpu = not input.is_cpu or forced() == "triton"
+    if geometry is not None and on_gpu and not _ops.conv2d.is_countable(input.shape, weight.shape, geometry[1]):
+        log_once(op, "an image or a weight is larger than the kernels of GPUs take")
         return None
     return geometry
 
@@ -240,15 +268,18 @@ def conv2d_relu_max_pool2d(
         input, weight, bias = _autocast(input, weight, bias)
     geometry = _conv_geometry("conv2d_relu_max_pool2d", input, weight, bias, (stride, padding, dilation, groups))
     window = _pair(pool_kernel_size)
-    step = window if pool_stride is None else _pair(pool_stride)
-    if geometry is not None and window is not None and step is not None and min(window + step) > 0:
-        size = _ops.conv2d.output_size(input.shape, weight.shape, *geometry[:3])
-        if window[0] <= size[0] and window[1] <= size[1] and window[0] * window[1] < 255:
-            batch = input if input.dim() == 4 else input.unsqueeze(0)
-            output, _ = _ops.conv2d.conv2d_relu_max_pool2d(batch, weight, bias, *geometry, window, step)
-            return output if input.dim() == 4 else output.squeeze(0)
-        if window[0] * window[1] > 254:
+    step = pool_step(window, pool_stride)
+    if geometry is not None:
+        if window is None or step is None:
+            log_once("conv2d_relu_max_pool2d", UNTAKEN)
+        elif window[0] * window[1] > 254:
             log_once("conv2d_relu_max_pool2d", f"a {window[0]} x {window[1]} window has over 254 elements")
+        elif min(window + step) > 0:
+            size = _ops.conv2d.output_size(input.shape, weight.shape, *geometry[:3])
+            if window[0] <= size[0] and window[1] <= size[1]:  # else torch raises
+                batch = input if input.dim() == 4 else input.unsqueeze(0)
+                output, _ = _ops.conv2d.conv2d_relu_max_pool2d(batch, weight, bias, *geometry, window, step)
+                return output if input.dim() == 4 else output.squeeze(0)
     result = native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))
     return native.max_pool2d(result, pool_kernel_size, pool_stride)
 
@@ -259,16 +290,20 @@ def _pool_geometry(
     """Kernel size, stride, padding and dilation as the operator takes them; None where the call is not fastnn's to
     serve, a wrong one included: native torch then raises its own error."""
     window = _pair(kernel_size)
-    step = window if stride is None or stride in ((), []) else _pair(stride)
+    step = pool_step(window, stride)
     pads, dilations = _pair(padding), _pair(dilation)
-    if window is None or step is None or pads is None or dilations is None or not use_kernels("max_pool2d", input):
+    if not use_kernels("max_pool2d", input):
         return None
-    if min(window + step + dilations) < 1 or min(pads) < 0 or input.dim() not in (3, 4) or 0 in input.shape[-3:]:
-        return None
-    if any(pads[d] > window[d] // 2 for d in range(2)):
-        return None
-    size = [*input.shape[-2:]]
-    if min(_ops.max_pool2d.output_size(size, window, step, pads, dilations, bool(ceil_mode))) < 1:
+    if (
+        window is None
+        or step is None
+        or pads is None
+        or dilations is None
+        or (min(window + step + dilations) < 1 or min(pads) < 0 or input.dim() not in (3, 4) or 0 in input.shape[-3:])
+        or any(pads[d] > window[d] // 2 for d in range(2))
+        or min(_ops.max_pool2d.output_size([*input.shape[-2:]], window, step, pads, dilations, bool(ceil_mode))) < 1
+    ):
+        log_once("max_pool2d", UNTAKEN)
         return None
     if window[0] * window[1] > MAX_POOL2D_WINDOW:
         log_once("max_pool2d", f"a {window[0]} x {window[1]} window has over {MAX_POOL2D_WINDOW} elements")
@@ -305,7 +340,9 @@ def max_pool2d(
     Raises:
         RuntimeError: as torch raises it.
     """
-    if not (return_indices or has_torch_function_unary(input)):
+    if return_indices:
+        log_once("max_pool2d", "of return_indices=True")
+    elif not _overrides(input):
         geometry = _pool_geometry(input, kernel_size, stride, padding, dilation, ceil_mode)
         if geometry is not None:
             batch = input if input.dim() == 4 else input.unsqueeze(0)
@@ -355,7 +392,7 @@ def _cross_entropy_covers(
         else:
             fits = fits and target.dtype is torch.int64
     if not fits:
-        log_once("cross_entropy", "the kernels do not take these arguments")
+        log_once("cross_entropy", UNTAKEN)
     return fits
 
 

@@ -38,7 +38,7 @@ def fusable_pool(
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Window and stride of a max-pool with these arguments; None if a convolution cannot take it over."""
     window = F._pair(kernel_size)
-    step = window if stride in (None, (), []) else F._pair(stride)
+    step = F.pool_step(window, stride)
     if window is None or step is None or max(window) > LARGEST_FUSED_WINDOW or ceil_mode or return_indices:
         return None
     plain = F._pair(padding) == [0, 0] and F._pair(dilation) == [1, 1]

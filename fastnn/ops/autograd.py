@@ -34,7 +34,7 @@ def run(operator: str, *args: Any) -> Any:
 def run_dispatched(operator: str, *args: Any) -> Any:
     """The same, always through the dispatcher."""
     with BelowAutograd():
-        return kernel(operator)(*args)
+        return kernel(operator, args)(*args)
 
 
 class Function(torch.autograd.Function):

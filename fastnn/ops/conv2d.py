@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,16 @@ def output_size(input: Shape, weight: Shape, stride: Ints, padding: Ints, dilati
     return [
         (sizes[d] + padding[d] + padding[d + 2] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)
     ]
+
+
+MAX_COUNT = 2**30
+
+
+def is_countable(input: Shape, weight: Shape, padding: Ints) -> bool:
+    """Whether a GPU's kernels take a convolution of these shapes: they count the positions of a padded plane, and what
+    one result is summed over, in 31 bits (offsets in 64)."""
+    height, width = (input[-2:][d] + padding[d] + padding[d + 2] for d in range(2))
+    return max(height * width, math.prod(weight[1:])) < MAX_COUNT
 
 
 def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:

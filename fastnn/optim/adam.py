@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnn.dispatch import log_once
 from fastnn.optim.step import FusedStep, Numbers, states_of, updated
 
 
@@ -30,7 +31,8 @@ class Adam(FusedStep, torch.optim.Adam):
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], numbers: Numbers) -> bool:
         lr, (beta1, beta2) = group["lr"], group["betas"]
         if group["foreach"] and any(isinstance(x, Tensor) for x in (lr, beta1, beta2)):
-            return False  # an error of torch's
+            log_once("adam", "of foreach=True with a tensor for lr or betas")  # which torch may refuse
+            return False
         if torch.compiler.is_compiling():  # the compiler knows where these come from
             lists: list[list[Tensor]] = [[], [], [], [], [], []]
             self._init_group(group, *lists)

@@ -87,6 +87,7 @@ class FusedStep(torch.optim.Optimizer):
             device = params[0].device
             lr = lr if isinstance(lr, Tensor) else lr * torch.ones((), dtype=torch.float64, device=device)
             if lr.device != device:
+                log_once(self._op, f"of lr on {lr.device} and parameters on {device}")
                 return False
         return self._update(group, params, grads, Numbers.of(lr, grad_scale, found_inf, device))
 
@@ -145,7 +146,7 @@ def sharded_alike(lists: Sequence[Sequence[Any]]) -> bool:
 
 def library_of(op: str, params: list[Tensor]) -> Any:
     """The module whose kernels serve these parameters past the dispatcher, if there is one."""
-    return LIBRARIES.get(choice(op, params[0].device.type)[0])
+    return LIBRARIES.get(choice(op, params[0].device, params[0].dtype)[0])
 
 
 def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[Any, ...], numbers: Numbers) -> bool:
@@ -165,6 +166,12 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
         increment_versions(lists, numbers)
         return True
     library = library_of(op, params)
+    if library is None:  # Triton's kernels, which a device may not take in every dtype
+        for dtype in {p.dtype for p in params}:
+            name, reason = choice(op, params[0].device, dtype)
+            if name == "torch":
+                log_once(op, reason)
+                return False
     try:
         if library is not None and not profiler_enabled():  # straight from the lists, past the dispatcher
             getattr(library, f"{op}_")(*lists, *options, *numbers.on_device)

@@ -5,8 +5,9 @@
     p = p - step_size m / (sqrt(v or vmax) / bias_correction2_sqrt + eps)
 
 Blocking: a program has CHUNK elements of one parameter; one launch updates all the parameters of a dtype.
-Bytes: p, g, m, v are read and p, m, v written once (amsgrad: vmax too), 7 (9) times the parameters' bytes:
-memory-bound on every GPU, in spite of two divisions and a square root an element.
+Bytes: p, g, m, v are read and p, m, v written once (amsgrad: vmax too), 7 (9) times the parameters' bytes.
+Operations: 10 additions and multiplications an element, two divisions and a square root, all rounded to nearest; weight
+decay adds 1 or 2, maximize 1, amsgrad a maximum, grad_scale a division. Memory-bound on every GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnn.dispatch import _C
-from fastnn.triton.tensor_lists import check_operands, number, program_chunk, tensor_of, update_all
+from fastnn.triton.tensor_lists import (
+    check_operands,
+    divide,
+    number,
+    program_chunk,
+    square_root,
+    tensor_of,
+    update_all,
+)
 
 
 @triton.jit
@@ -58,7 +67,7 @@ def update_kernel(
     m = tl.load(exp_avg, mask=mask).to(ACC)
     v = tl.load(exp_avg_sq, mask=mask).to(ACC)
     if SCALED:
-        g = g / tl.load(numbers_ptr + 2).to(ACC)
+        g = divide(g, tl.load(numbers_ptr + 2).to(ACC))
         tl.store(grad, g.to(DTYPE), mask=mask)
     if MAXIMIZE:
         g = -g
@@ -79,8 +88,8 @@ def update_kernel(
         v_max = tl.load(max_exp_avg_sq, mask=mask).to(ACC)
         v = tl.where((v_max > v) | (v_max != v_max), v_max, v)  # NaN on either side stays
         tl.store(max_exp_avg_sq, v.to(DTYPE), mask=mask)
-    denominator = tl.sqrt(v) / bias_correction2_sqrt + tl.full((), eps, ACC)
-    tl.store(param, (p - step_size * m / denominator).to(DTYPE), mask=mask)
+    denominator = divide(square_root(v), bias_correction2_sqrt) + tl.full((), eps, ACC)
+    tl.store(param, (p - divide(step_size * m, denominator)).to(DTYPE), mask=mask)
 
 
 def adam_(

@@ -9,9 +9,10 @@ Two kernels serve the three passes:
 A ReLU behind the convolution is applied to the sums; a max-pool behind that is a kernel of its own, which leaves a byte
 per result that says which element of its window it was. Backward undoes the two in kernels of their own first.
 
-Blocking: a program has POSITIONS of one image by RESULTS channels of one group, and walks along taps and channels, the
-channels innermost. In the gradient of the weight it has channels by taps and channels, and walks along a slice of all
-positions; the slices are cut by shape alone and added up in order, so the bits are the same every time.
+Blocking: a program has ROWS positions of one image by COLUMNS channels of one group, and walks along taps and channels,
+the channels innermost, DEPTH at a time. In the gradient of the weight it has channels by taps and channels, and walks
+along a slice of all positions; the slices are cut by shape alone and added up in order, so the bits are the
+same every time.
 Operations: 2 N H' W' K C/groups R S a pass, on matrix units where tl.dot takes the operands. Bytes: every operand once
 from memory where the caches hold a block's surroundings, its taps from the caches. A strided convolution's gradient of
 the input multiplies stride_h * stride_w times as much, mostly by zeros.
@@ -26,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnn.ops.conv2d import _memory_format, output_size
+from fastnn.ops.conv2d import _memory_format, is_countable, output_size
 from fastnn.triton import is_interpreted
 from fastnn.triton.arguments import (
     accumulator,
@@ -324,7 +325,7 @@ def unpool_kernel(
             inside = mask & (window_y >= 0) & (window_y < pooled_height) & (row < kernel_h)
             inside &= (window_x >= 0) & (window_x < pooled_width) & (col < kernel_w)
             code = tl.load(
-                code_ptr + n * code_n + c * code_c + window_y * code_h + window_x * code_w, mask=inside, other=255
+                code_ptr + n * code_n + c * code_c + window_y * code_h + window_x * code_w, mask=inside, other=POOL_NONE
             )
             chosen = inside & (code.to(tl.int64) == row * kernel_w + col)
             at = n * grad_n + c * grad_c + window_y * grad_h + window_x * grad_w
@@ -372,6 +373,11 @@ def _geometry(
         min(kernel) > 0
         and all(input.shape[2 + d] + padding[d] + padding[2 + d] > dilation[d] * (kernel[d] - 1) for d in range(2)),
         f"{op}: weight of shape {list(weight.shape)} is larger than the padded input of shape {list(input.shape)}",
+    )
+    check(
+        is_countable(input.shape, weight.shape, padding),
+        f"{op}: input of shape {list(input.shape)} with padding {padding}, or weight of shape {list(weight.shape)}, is "
+        "larger than the kernels take",
     )
     size = [input.shape[0], results, *output_size(input.shape, weight.shape, stride, padding, dilation)]
     return Geometry(size, stride, padding, dilation, groups)

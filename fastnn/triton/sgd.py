@@ -6,7 +6,9 @@
     p = p + step_factor (b, or g + momentum b if nesterov, or g without momentum)
 
 Blocking: a program has CHUNK elements of one parameter; one launch updates all the parameters of a dtype.
-Bytes: with momentum p, g, b are read and p, b written once, 5 times the parameters' bytes; without, 3. Memory-bound.
+Bytes: with momentum p, g, b are read and p, b written once, 5 times the parameters' bytes; without, 3.
+Operations: 6 additions and multiplications an element with momentum, 3 without; weight decay and nesterov add 2 each,
+maximize 1, grad_scale a division. Memory-bound on every GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnn.triton.arguments import check
-from fastnn.triton.tensor_lists import check_operands, number, program_chunk, tensor_of, update_all
+from fastnn.triton.tensor_lists import check_operands, divide, number, program_chunk, tensor_of, update_all
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def update_kernel(
     p = tl.load(param, mask=mask).to(ACC)
     g = tl.load(grad, mask=mask).to(ACC)
     if SCALED:
-        g = g / tl.load(numbers_ptr + 3).to(ACC)
+        g = divide(g, tl.load(numbers_ptr + 3).to(ACC))
         tl.store(grad, g.to(DTYPE), mask=mask)
     if MAXIMIZE:
         g = -g
@@ -57,7 +59,7 @@ def update_kernel(
         is_first = tl.load(record + OPERANDS + 1) != 0  # what the buffer then holds, NaN perhaps, is not selected
         b = tl.load(buffer, mask=mask).to(ACC)
         if DAMPED:
-            is_first = is_first | ((b == 0) & (1 / b < 0))
+            is_first = is_first | ((b == 0) & (divide(tl.full((), 1.0, ACC), b) < 0))
         b = tl.where(is_first, g, b * tl.full((), momentum, ACC) + tl.full((), undamped, ACC) * g)
         stored = b.to(DTYPE)
         tl.store(buffer, stored.to(ACC) + 0.0 if DAMPED else stored, mask=mask)  # + 0.0: never -0

@@ -24,7 +24,7 @@ from fastnn.dispatch import _C
 from fastnn.triton.arguments import check_dtype
 
 CHUNK = 2048  # elements of a program: two or four 16-byte accesses a thread and tensor at 4 warps
-ALIGNMENT = 16  # bytes: what a vector access needs
+ALIGNMENT = tl.constexpr(16)  # bytes: what a vector access needs
 
 TL_DTYPES = {
     torch.float64: tl.float64,
@@ -51,8 +51,20 @@ def tensor_of(record, operand: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.co
     """The address of the record's tensor of an operand."""
     address = tl.load(record + operand)
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
+        address = tl.multiple_of(address, ALIGNMENT)
     return address.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def divide(x, y):
+    """x / y to nearest, as torch rounds: in float32 Triton's own quotients may be some units off."""
+    return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
+
+
+@triton.jit
+def square_root(x):
+    """To nearest, likewise."""
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
 
 
 def _refuse(op: str, name: str, what: str) -> None:
@@ -174,7 +186,7 @@ def update_all(
                 *arguments,
                 DTYPE=TL_DTYPES[dtype],
                 ACC=tl.float64 if dtype is torch.float64 else tl.float32,
-                ALIGNED=all(t.data_ptr() % ALIGNMENT == 0 for of_one in of_all for t in of_one),
+                ALIGNED=all(t.data_ptr() % ALIGNMENT.value == 0 for of_one in of_all for t in of_one),
                 CHUNK=CHUNK,
                 **constants,
             )
