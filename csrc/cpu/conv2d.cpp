@@ -707,10 +707,14 @@ void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource
     p.weight_sums = sums.get();
     p.bias_sums = bias_result ? bias_sums.get() : nullptr;
     if (!run()) return false;
+    torch::stable::parallel_for(0, count, 16 << 10, [&](int64_t begin, int64_t end) {
+      kernels.add_slices[dtype](p.weight_sums, p.slices, count, begin, end);
+    });
+    if (bias_result) kernels.add_slices[dtype](p.bias_sums, p.slices, s.out_channels, 0, s.out_channels);
+    void* bias = bias_result ? bias_result->data_ptr() : nullptr;
     torch::stable::parallel_for(
         0, s.out_channels, ceil_div(16 * 1024, count / s.out_channels),
-        [&](int64_t begin, int64_t end) { kernels.sum_slices[dtype](p, weight_result.data_ptr(), begin, end); });
-    if (bias_result) kernels.sum_bias_slices[dtype](p, bias_result->data_ptr());
+        [&](int64_t begin, int64_t end) { kernels.write_sums[dtype](p, weight_result.data_ptr(), bias, begin, end); });
     return true;
   };
   DepthwiseGrad depthwise{};

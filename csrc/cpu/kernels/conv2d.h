@@ -137,9 +137,10 @@ struct ConvKernels {
                                   int64_t begin, int64_t end);
   void (*run[kNumDTypes])(const TapConv&, void* scratch, int64_t begin, int64_t end);
   void (*run_grad[kNumDTypes])(const TapGrad&, void* scratch, int64_t begin, int64_t end);
-  // The sums over slices: weight gradients of result channels [begin, end), and the bias gradient.
-  void (*sum_slices[kNumDTypes])(const TapGrad&, void* out, int64_t begin, int64_t end);
-  void (*sum_bias_slices[kNumDTypes])(const TapGrad&, void* out);
+  // Adds elements [begin, end) of `slices` lists of `size` sums up in the first; and writes the gradients of result
+  // channels [begin, end) from there.
+  void (*add_slices[kNumDTypes])(void* sums, int64_t slices, int64_t size, int64_t begin, int64_t end);
+  void (*write_sums[kNumDTypes])(const TapGrad&, void* out, void* bias_out, int64_t begin, int64_t end);
   void (*to_accumulator[kNumDTypes])(const void* in, int64_t stride, void* out, int64_t count);
 };
 

@@ -909,32 +909,32 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
   }
 }
 
-// out[m][c][tap] = sum over slices, in order, of `weight_sums`, for m in [begin, end).
+// Adds the slices of `size` sums up, in order, in place of the first one: elements [begin, end).
 template <class T>
-void sum_slices(const TapGrad& p, void* out_, int64_t begin, int64_t end) {
+void add_slices(void* sums_, int64_t slices, int64_t size, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  const int64_t channels = p.group_channels, taps = p.num_taps, size = channels * taps;
-  const int64_t all = p.groups * p.group_results * size;
-  T* out = static_cast<T*>(out_);
-  for (int64_t m = begin; m < end; ++m)
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t t = 0; t < taps; ++t) {
-        const A* sums = static_cast<const A*>(p.weight_sums) + p.sum_index(m, c, t);
-        A total = sums[0];
-        for (int64_t slice = 1; slice < p.slices; ++slice) total += sums[slice * all];
-        out[m * size + c * taps + t] = from_accumulator<T>(total);
-      }
+  constexpr int L = kLanes<A>, kVectors = 4;
+  A* sums = static_cast<A*>(sums_);
+  for (int64_t i = begin; i < end; i += kVectors * L) {
+    Vec<A> total[kVectors] = {};
+    for (int64_t slice = 0; slice < slices; ++slice)
+      for (int64_t v = 0; v < kVectors && i + v * L < end; ++v)
+        total[v] += load_lanes(sums + slice * size + i + v * L, int(least(L, end - i - v * L)));
+    for (int64_t v = 0; v < kVectors; ++v) store_lanes(sums + i + v * L, total[v], end - i - v * L);
+  }
 }
 
+// out[m][c][tap] and, if it is given, bias_out[m] from the first slice's sums, for m in [begin, end).
 template <class T>
-void sum_bias_slices(const TapGrad& p, void* out) {
+void write_sums(const TapGrad& p, void* out_, void* bias_out, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  const int64_t results = p.groups * p.group_results;
-  for (int64_t m = 0; m < results; ++m) {
-    const A* sums = static_cast<const A*>(p.bias_sums) + m;
-    A total = sums[0];
-    for (int64_t slice = 1; slice < p.slices; ++slice) total += sums[slice * results];
-    static_cast<T*>(out)[m] = from_accumulator<T>(total);
+  const int64_t channels = p.group_channels, taps = p.num_taps;
+  const A* sums = static_cast<const A*>(p.weight_sums);
+  T* out = static_cast<T*>(out_) + begin * channels * taps;
+  for (int64_t m = begin; m < end; ++m) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t t = 0; t < taps; ++t) *out++ = from_accumulator<T>(sums[p.sum_index(m, c, t)]);
+    if (bias_out) static_cast<T*>(bias_out)[m] = from_accumulator<T>(static_cast<const A*>(p.bias_sums)[m]);
   }
 }
 
@@ -953,8 +953,8 @@ const ConvKernels kConvKernels = {
     FASTNN_ALL_DTYPES(pack_weight),
     FASTNN_ALL_DTYPES(run),
     FASTNN_ALL_DTYPES(run_grad),
-    FASTNN_ALL_DTYPES(sum_slices),
-    FASTNN_ALL_DTYPES(sum_bias_slices),
+    FASTNN_ALL_DTYPES(add_slices),
+    FASTNN_ALL_DTYPES(write_sums),
     FASTNN_ALL_DTYPES(widen),
 };
 #undef FASTNN_ALL_DTYPES
