@@ -582,14 +582,16 @@ struct Ahead {
   FASTNN_INLINE const char* at() const { return done < bytes[0] ? region[0] + done : region[1] + (done - bytes[0]); }
 };
 
-// Adds a region: what the next block takes of a source, if that is one piece of memory.
+// Adds a region: what the next block takes of a source, if that is one piece of memory, of pixels or of whole planes.
 template <class T>
 void fetch(const ConvSource& s, const Planes& p, const Block& next, int64_t c0, int64_t channels, int which,
            Ahead& to) {
   const int64_t y = most(0, next.row * p.step_h - p.origin_h), rows = least(s.height - y, next.rows * p.step_h);
-  const bool together = channels_contiguous(s) && s.stride.w < 2 * channels && s.stride.h >= s.width * s.stride.w;
+  const bool pixels = channels_contiguous(s) && s.stride.w < 2 * channels && s.stride.h >= s.width * s.stride.w;
+  const bool planes = s.stride.w == 1 && rows == s.height && s.stride.c < 2 * s.height * s.width;
+  const int64_t of_image = pixels ? rows * s.stride.h : planes ? channels * s.stride.c : 0;
   to.region[which] = reinterpret_cast<const char*>(static_cast<const T*>(s.data) + offset4(s.stride, next.n, c0, y, 0));
-  to.bytes[which] = together ? ((next.images - 1) * s.stride.n + rows * s.stride.h) * int64_t(sizeof(T)) : 0;
+  to.bytes[which] = of_image == 0 ? 0 : ((next.images - 1) * s.stride.n + of_image) * int64_t(sizeof(T));
 }
 
 // sums[m][l] += sum over the block's output positions of rows[offsets[m] + position * step] * lanes[position][l].
