@@ -19,8 +19,7 @@ constexpr int kRows = 12;
 #else
 constexpr int kRows = 6;
 #endif
-
-constexpr int64_t kPassBytes = 16 << 10;
+constexpr int64_t kPassBytes = 16 << 10;  // of the weights, in the L1 cache for all the tiles of a block
 
 // What operands are read from: a type of which kTermsOf<P> neighbours are one.
 template <class P>
@@ -129,13 +128,13 @@ FASTNN_INLINE void multiply_rows_of(int64_t rows, const RowTile<T>& b) {
     multiply_rows<T, by_channel, NR, 1>(b);
 }
 
-FASTNN_INLINE float element_of(float value, float) { return value; }
-FASTNN_INLINE double element_of(double value, double) { return value; }
 template <class T>
-FASTNN_INLINE float element_of(T value, float) {
-  return to_accumulator(value);
+FASTNN_INLINE Element<Operand<T>> element_of(T value) {
+  if constexpr (kTermsOf<Operand<T>> == 2)
+    return value;
+  else
+    return to_accumulator(value);
 }
-FASTNN_INLINE bf16 element_of(bf16 value, bf16) { return value; }
 
 // Blocks [begin, end) of `width` results: packed[block][run][operand][width]. strides: of group (there is one), result
 // and channel.
@@ -157,7 +156,7 @@ void pack_points_weight(const PointConv& w, int64_t width, const void* weight_, 
         E* to = packed + (tap / w.window_w * depth * width + k) * kTerms;
         int64_t term = tap % w.window_w * channels;
         for (int64_t c = 0; c < channels; ++c, ++term)
-          to[term / kTerms * width * kTerms + term % kTerms] = element_of(from[c * strides[2]], E{});
+          to[term / kTerms * width * kTerms + term % kTerms] = element_of(from[c * strides[2]]);
       }
   }
 }
