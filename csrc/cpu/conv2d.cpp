@@ -686,6 +686,13 @@ void grad_input(ConvShape s, DType dtype, ConvSource grad, const Tensor& weight,
     if (p.num_taps) run_conv(p, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(1), weight.stride(0)});
 }
 
+// Adds the slices of `size` sums up in place of the first.
+void add_slices(DType dtype, void* sums, int64_t slices, int64_t size) {
+  torch::stable::parallel_for(0, size, 16 << 10, [&](int64_t begin, int64_t end) {
+    conv_kernels().add_slices[dtype](sums, slices, size, begin, end);
+  });
+}
+
 void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource& grad, const Tensor& weight,
                  const Tensor& weight_result, const Tensor* bias_result) {
   const ConvKernels& kernels = conv_kernels();
@@ -707,10 +714,8 @@ void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource
     p.weight_sums = sums.get();
     p.bias_sums = bias_result ? bias_sums.get() : nullptr;
     if (!run()) return false;
-    torch::stable::parallel_for(0, count, 16 << 10, [&](int64_t begin, int64_t end) {
-      kernels.add_slices[dtype](p.weight_sums, p.slices, count, begin, end);
-    });
-    if (bias_result) kernels.add_slices[dtype](p.bias_sums, p.slices, s.out_channels, 0, s.out_channels);
+    add_slices(dtype, p.weight_sums, p.slices, count);
+    if (bias_result) add_slices(dtype, p.bias_sums, p.slices, s.out_channels);
     void* bias = bias_result ? bias_result->data_ptr() : nullptr;
     torch::stable::parallel_for(
         0, s.out_channels, ceil_div(16 * 1024, count / s.out_channels),
@@ -805,9 +810,11 @@ bool pooled_grad_weight(PooledGrad p, DType dtype, const Tensor& input, const Te
     pooled_kernels().run_weight[dtype](p, scratch.get(), begin, end);
   });
   if (!std::all_of(p.finite, p.finite + tasks, [](bool b) { return b; })) return false;
+  add_slices(dtype, p.weight_sums, p.slices, s.out_channels * result_sums);
+  if (bias_result) add_slices(dtype, p.bias_sums, p.slices, s.out_channels);
+  void* bias = bias_result ? bias_result->data_ptr() : nullptr;
   torch::stable::parallel_for(0, s.out_channels, ceil_div(16 * 1024, result_sums), [&](int64_t begin, int64_t end) {
-    pooled_kernels().sum_slices[dtype](p, weight_result.data_ptr(), bias_result ? bias_result->data_ptr() : nullptr,
-                                       begin, end);
+    pooled_kernels().write_sums[dtype](p, weight_result.data_ptr(), bias, begin, end);
   });
   return true;
 }

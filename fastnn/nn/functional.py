@@ -176,11 +176,12 @@ def _conv_geometry(
     geometry = find(input.shape, weight.shape, None if bias is None else bias.shape, options)
     if geometry is None:
         log_once(op, UNTAKEN)
-    elif geometry[0][0] * geometry[0][1] > MAX_CONV2D_PHASES:
+        return None
+    if geometry[0][0] * geometry[0][1] > MAX_CONV2D_PHASES:
         log_once(op, f"stride {tuple(geometry[0])} is larger than the kernels take")
         return None
     on_gpu = not input.is_cpu or forced() == "triton"
-    if geometry is not None and on_gpu and not _ops.conv2d.is_countable(input.shape, weight.shape, geometry[1]):
+    if on_gpu and not _ops.conv2d.is_countable(input.shape, weight.shape, geometry[1]):
         log_once(op, "an image or a weight is larger than the kernels of GPUs take")
         return None
     return geometry
@@ -299,7 +300,10 @@ def _pool_geometry(
         or step is None
         or pads is None
         or dilations is None
-        or (min(window + step + dilations) < 1 or min(pads) < 0 or input.dim() not in (3, 4) or 0 in input.shape[-3:])
+        or min(window + step + dilations) < 1
+        or min(pads) < 0
+        or input.dim() not in (3, 4)
+        or 0 in input.shape[-3:]
         or any(pads[d] > window[d] // 2 for d in range(2))
         or min(_ops.max_pool2d.output_size([*input.shape[-2:]], window, step, pads, dilations, bool(ceil_mode))) < 1
     ):

@@ -7,9 +7,9 @@
 //   TapGrad     weight_grad[m, c, t] = sum over n, y, x of out_grad[m, y, x] * plane[c, t](y, x)
 //
 // A plane is one channel of the source, padded, in the accumulator type (or a pair of channels, where the tier
-// multiplies those: Operand in vec.h): plane row i of phase (a, b) is source row
-// i * step_h + a - origin_h (columns alike), zero outside the source. A strided convolution's taps then read runs of
-// neighbours, whatever the stride, dilation and padding: tap t's operand at flat position p is plane[p + offset(t)].
+// multiplies those: Operand in vec.h): plane row i of phase (a, b) is source row i * step_h + a - origin_h (columns
+// alike), zero outside the source. A strided convolution's taps then read runs of neighbours, whatever the stride,
+// dilation and padding: tap t's operand at flat position p is plane[p + offset(t)].
 #pragma once
 
 #include <cstdint>
@@ -58,7 +58,7 @@ struct TapConv {
   ConvSource source;
   ConvResult result;
   Planes planes;
-  const Tap* taps;
+  const Tap* taps;  // row by row
   int64_t num_taps;
   int64_t batch, groups, group_channels, group_results;
   int64_t rows, cols;  // output positions of this problem (before pooling)

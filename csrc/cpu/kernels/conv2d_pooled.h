@@ -49,7 +49,7 @@ struct PooledGrad {
 
 struct PooledKernels {
   void (*run_weight[kNumDTypes])(const PooledGrad&, void* scratch, int64_t begin, int64_t end);
-  void (*sum_slices[kNumDTypes])(const PooledGrad&, void* weight_grad, void* bias_grad, int64_t begin, int64_t end);
+  void (*write_sums[kNumDTypes])(const PooledGrad&, void* weight_grad, void* bias_grad, int64_t begin, int64_t end);
   // Blocks [begin, end) of block_results result channels of each group; strides: of result channel, channel, row and
   // column. Returns whether the weights are finite.
   bool (*pack_weight[kNumDTypes])(const PooledGrad&, const void* weight, const int64_t* strides, void* packed,

@@ -275,33 +275,25 @@ void run_pooled_weight(const PooledGrad& p, void* scratch, int64_t begin, int64_
   }
 }
 
-// Weight and, where it is wanted, bias gradients of result channels [begin, end): the sums over the slices, in order.
+// Weight and, where it is wanted, bias gradients of result channels [begin, end), from the first slice's sums.
 template <class T>
-void sum_pooled_slices(const PooledGrad& p, void* out_, void* bias_out, int64_t begin, int64_t end) {
+void write_pooled_sums(const PooledGrad& p, void* out_, void* bias_out, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   const ConvShape& s = p.conv;
   const int64_t channels = s.group_in(), taps = s.kernel_h * s.kernel_w, sums_pitch = p.result_sums(L);
-  const int64_t slice_pitch = s.out_channels * sums_pitch;
   for (int64_t m = begin; m < end; ++m) {
     T* out = static_cast<T*>(out_) + m * channels * taps;
     const A* sums = static_cast<const A*>(p.weight_sums) + m * sums_pitch;
     for (int64_t c = 0; c < channels; c += p.width) {
       const int64_t width = least(p.width, channels - c), run_pitch = ceil_div(p.run_taps() * width, L) * L;
       for (int64_t k = 0; k < width; ++k)
-        for (int64_t t = 0; t < taps; ++t) {
-          const A* at = sums + t / p.run_taps() * run_pitch + t % p.run_taps() * width + k;
-          A total = at[0];
-          for (int64_t slice = 1; slice < p.slices; ++slice) total += at[slice * slice_pitch];
-          out[(c + k) * taps + t] = from_accumulator<T>(total);
-        }
+        for (int64_t t = 0; t < taps; ++t)
+          out[(c + k) * taps + t] =
+              from_accumulator<T>(sums[t / p.run_taps() * run_pitch + t % p.run_taps() * width + k]);
       sums += p.runs() * run_pitch;
     }
-    if (!bias_out) continue;
-    A total = 0;
-    for (int64_t slice = 0; slice < p.slices; ++slice)
-      total += static_cast<const A*>(p.bias_sums)[slice * s.out_channels + m];
-    static_cast<T*>(bias_out)[m] = from_accumulator<T>(total);
+    if (bias_out) static_cast<T*>(bias_out)[m] = from_accumulator<T>(static_cast<const A*>(p.bias_sums)[m]);
   }
 }
 
@@ -529,7 +521,7 @@ void scatter_pooled(const PooledGrad& p, void* plain, int64_t begin, int64_t end
 
 #define FASTNN_ALL_DTYPES(function) {function<double>, function<float>, function<bf16>, function<f16>}
 const PooledKernels kPooledKernels = {
-    FASTNN_ALL_DTYPES(run_pooled_weight), FASTNN_ALL_DTYPES(sum_pooled_slices), FASTNN_ALL_DTYPES(pack_pooled_weight),
+    FASTNN_ALL_DTYPES(run_pooled_weight), FASTNN_ALL_DTYPES(write_pooled_sums), FASTNN_ALL_DTYPES(pack_pooled_weight),
     FASTNN_ALL_DTYPES(run_pooled_input),  FASTNN_ALL_DTYPES(scatter_pooled),
 };
 #undef FASTNN_ALL_DTYPES

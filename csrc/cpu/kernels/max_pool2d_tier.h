@@ -23,7 +23,6 @@ FASTNN_INLINE WindowSide inside(int64_t origin, int64_t kernel, int64_t dilation
 template <int stride, class T>
 FASTNN_INLINE Vec<Accumulator<T>> load_strided(const T* p, int64_t any_stride, int lanes) {
   using A = Accumulator<T>;
-  constexpr int L = kLanes<A>;
   if constexpr (stride == 1) return load_lanes(p, lanes);
   if constexpr (stride == 2) return load_even(p, lanes);
   Vec<A> v{};

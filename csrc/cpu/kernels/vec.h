@@ -144,6 +144,7 @@ FASTNN_INLINE void store_bytes_n(uint8_t* p, Int64Vec v, int n) {
   for (int i = 0; i < n; ++i) p[i] = uint8_t(v[i]);
 }
 
+// Likewise, in the lanes of a vector of A; the other lanes are `others`.
 template <class A>
 FASTNN_INLINE Mask<A> load_bytes_n(const uint8_t* p, int n, uint8_t others) {
   constexpr int L = kLanes<A>;
