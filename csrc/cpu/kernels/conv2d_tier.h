@@ -582,7 +582,7 @@ struct Ahead {
   FASTNN_INLINE const char* at() const { return done < bytes[0] ? region[0] + done : region[1] + (done - bytes[0]); }
 };
 
-// Adds a region: what the next block takes of a source, if that is one piece of memory, of pixels or of whole planes.
+// Sets a region: what the next block takes of a source, if that is one piece of memory, of pixels or of whole planes.
 template <class T>
 void fetch(const ConvSource& s, const Planes& p, const Block& next, int64_t c0, int64_t channels, int which,
            Ahead& to) {
