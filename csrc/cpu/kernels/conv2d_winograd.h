@@ -5,12 +5,11 @@
 
 namespace fastnn::cpu {
 
-// Products are transformed tiles: 2 x 2 results (one pooling window, where the result is pooled) out of 4 x 4 of the
-// source. Tiles are counted along a row of tiles, then down an image, then over the batch.
-constexpr int64_t kWinogradProducts = 16;
-
+// Products are transformed tiles: 2 x 2 results out of 4 x 4 of the source, or 4 x 4 out of 6 x 6 (one pooling window,
+// or four, where the result is pooled). Tiles are counted along a row of tiles, then down an image, then over the batch.
 struct WinogradConv {
   TapConv conv;                  // its planes give the geometry only, its weight is packed by pack_weight below
+  int64_t side;                  // of a tile, results: 2 or 4
   int64_t tile_rows, tile_cols;  // of an image
   int64_t block_tiles;           // a task's tiles, at most; forward, a multiple of gemm_tiles
   int64_t group_runs;            // runs of gemm_results result channels in a group ...
@@ -18,6 +17,7 @@ struct WinogradConv {
   int64_t run_product;           // elements of a run's weights for one product
   int64_t scratch;               // bytes a thread needs
 
+  int64_t products() const { return (side + 2) * (side + 2); }
   int64_t tiles() const { return conv.batch * tile_rows * tile_cols; }
   int64_t splits() const { return (group_runs + block_runs - 1) / block_runs; }
   int64_t tasks() const { return (tiles() + block_tiles - 1) / block_tiles * conv.groups * splits(); }
@@ -37,10 +37,8 @@ struct WinogradGrad {
   int64_t tasks() const { return grad.tasks(); }
 };
 
-struct WinogradKernels {
-  int gemm_tiles;       // tiles ...
-  int gemm_results[2];  // ... and result channels of a register tile, for float64 and float32
-  // Packs runs [begin, end) of a weight viewed as [group][m][c][tap], kWinogradProducts * run_product elements each.
+struct WinogradTileKernels {
+  // Packs runs [begin, end) of a weight viewed as [group][m][c][tap], products() * run_product elements each.
   // strides: of group, m and c, elements.
   void (*pack_weight[kNumDTypes])(const WinogradConv&, const void* weight, const int64_t* strides, void* packed,
                                   int64_t begin, int64_t end);
@@ -48,6 +46,12 @@ struct WinogradKernels {
   // Tasks [begin, end). False, at once, where a result is not finite: an infinity or NaN has then reached the other
   // results of its tile too, so that none of the call's results may be used.
   bool (*run[kNumDTypes])(const WinogradConv&, void* scratch, int64_t begin, int64_t end);
+};
+
+struct WinogradKernels {
+  int gemm_tiles;                  // tiles ...
+  int gemm_results[2];             // ... and result channels of a register tile, for float64 and float32
+  WinogradTileKernels of_side[2];  // 2 and 4
   int64_t (*grad_scratch[kNumDTypes])(const WinogradGrad&);
   bool (*run_grad[kNumDTypes])(const WinogradGrad&, void* scratch, int64_t begin, int64_t end);
 };

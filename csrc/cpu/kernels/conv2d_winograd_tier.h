@@ -31,29 +31,37 @@ constexpr int kGemmTiles = 6, kGradResults = 4;
 constexpr int kGemmVectors = 2;
 constexpr int kLineVectors = 64 / FASTNN_VECTOR_BYTES;  // vectors in a cache line: source channels packed together
 
+// Of a tile of R x R results: the source rows it reads, and its products.
+template <int R>
+constexpr int kSide = R + 2;
+template <int R>
+constexpr int kProducts = kSide<R> * kSide<R>;
+
 // A count of elements rounded up to an odd number of 64-byte lines (of float32): arrays that lie a power of two apart
 // would share cache sets.
 FASTNN_INLINE int64_t odd_lines(int64_t elements) { return ((elements + 15) / 16 | 1) * 16; }
 
 // Where a thread's scratch memory lies, in elements.
-template <class A>
+template <class A, int R>
 struct WinogradScratch {
   int64_t channel_pitch;  // between tiles of one product
   int64_t product;        // between products of the source
   int64_t sum;            // between products of the result
-  int64_t products, sums, rows, line, codes, end;
+  int64_t line_pitch;     // between lines of results
+  int64_t products, sums, rows, lines, codes, end;
 
   explicit WinogradScratch(const WinogradConv& w) {
     constexpr int64_t L = kLanes<A>, kWidth = kGemmVectors * L;
     channel_pitch = (w.conv.group_channels + L - 1) / L * L;
     product = odd_lines((w.block_tiles + kGemmTiles - 1) / kGemmTiles * kGemmTiles * channel_pitch);
     sum = odd_lines(w.block_tiles * kWidth);
+    line_pitch = (R * w.block_tiles + L) * L;
     products = 0;
-    sums = products + kWinogradProducts * product;
-    rows = sums + kWinogradProducts * sum;
-    line = rows + 4 * (2 * w.block_tiles + 2) * kLineVectors * L;
-    codes = line + 2 * (2 * w.block_tiles + L) * L;
-    end = codes + w.block_tiles * L;
+    sums = products + kProducts<R> * product;
+    rows = sums + kProducts<R> * sum;
+    lines = rows + kSide<R> * (R * w.block_tiles + 2) * kLineVectors * L;
+    codes = lines + R * line_pitch;
+    end = codes + w.block_tiles * L;  // a byte for each of at most four windows
   }
 };
 
@@ -64,6 +72,63 @@ struct TileRun {
 FASTNN_INLINE TileRun tile_run(const WinogradConv& w, int64_t tile, int64_t end) {
   const int64_t row = tile / w.tile_cols, col = tile % w.tile_cols, left = w.tile_cols - col;
   return {row / w.tile_rows, row % w.tile_rows, col, end - tile < left ? end - tile : left};
+}
+
+// ---- the transforms of a row or a column ----
+
+// F(4, 3)'s finite points but 0: exact in binary, and about as far from 1 on either side, see docs/kernels.md.
+template <class A>
+struct Points {
+  static constexpr A a = A(0.625), b = A(1.5), a2 = a * a, b2 = b * b;
+};
+
+// B^T of R + 2 values.
+template <int R, class A>
+FASTNN_INLINE void input_transform(const Vec<A>* d, Vec<A>* out) {
+  if constexpr (R == 2) {
+    out[0] = d[0] - d[2], out[1] = d[1] + d[2], out[2] = d[2] - d[1], out[3] = d[1] - d[3];
+  } else {
+    using P = Points<A>;
+    const Vec<A> even_a = d[4] - P::b2 * d[2], odd_a = d[3] - P::b2 * d[1];
+    const Vec<A> even_b = d[4] - P::a2 * d[2], odd_b = d[3] - P::a2 * d[1];
+    out[0] = P::a2 * P::b2 * d[0] + (d[4] - (P::a2 + P::b2) * d[2]);
+    out[1] = even_a + P::a * odd_a, out[2] = even_a - P::a * odd_a;
+    out[3] = even_b + P::b * odd_b, out[4] = even_b - P::b * odd_b;
+    out[5] = P::a2 * P::b2 * d[1] + (d[5] - (P::a2 + P::b2) * d[3]);
+  }
+}
+
+// G of three values.
+template <int R, class A>
+FASTNN_INLINE void weight_transform(Vec<A> g0, Vec<A> g1, Vec<A> g2, Vec<A>* out) {
+  if constexpr (R == 2) {
+    const Vec<A> half = (g0 + g2) / 2, middle = g1 / 2;
+    out[0] = g0, out[1] = half + middle, out[2] = half - middle, out[3] = g2;
+  } else {
+    using P = Points<A>;
+    constexpr A scale_a = 1 / (2 * P::a2 * (P::a2 - P::b2)), scale_b = 1 / (2 * P::b2 * (P::b2 - P::a2));
+    const Vec<A> even_a = (g0 + P::a2 * g2) * scale_a, odd_a = g1 * (P::a * scale_a);
+    const Vec<A> even_b = (g0 + P::b2 * g2) * scale_b, odd_b = g1 * (P::b * scale_b);
+    out[0] = g0 * (1 / (P::a2 * P::b2));
+    out[1] = even_a + odd_a, out[2] = even_a - odd_a;
+    out[3] = even_b + odd_b, out[4] = even_b - odd_b;
+    out[5] = g2;
+  }
+}
+
+// A^T of R + 2 values.
+template <int R, class A>
+FASTNN_INLINE void output_transform(const Vec<A>* m, Vec<A>* out) {
+  if constexpr (R == 2) {
+    out[0] = m[0] + (m[1] + m[2]), out[1] = (m[1] - m[2]) - m[3];
+  } else {
+    using P = Points<A>;
+    const Vec<A> even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
+    out[0] = m[0] + (even_a + even_b);
+    out[1] = P::a * odd_a + P::b * odd_b;
+    out[2] = P::a2 * even_a + P::b2 * even_b;
+    out[3] = (P::a2 * P::a * odd_a + P::b2 * P::b * odd_b) + m[5];
+  }
 }
 
 // ---- input ----
@@ -94,9 +159,10 @@ FASTNN_INLINE void read_vectors(const T* p, int64_t stride_c, int64_t stride_w, 
   }
 }
 
-// Row y of the padded source from column x on, `lanes` channels: a vector every kLineVectors at `to`.
+// Row y of the padded source from column x on, `lanes` channels: a vector every kLineVectors at `to`. The next row of
+// tiles is `ahead` rows on.
 template <class T>
-void pack_vectors(const ConvSource& s, int64_t n, int64_t c, int lanes, int64_t y, int64_t x, int64_t cols,
+void pack_vectors(const ConvSource& s, int64_t n, int64_t c, int lanes, int64_t y, int64_t x, int64_t cols, int ahead,
                   Accumulator<T>* to) {
   using A = Accumulator<T>;
   constexpr int64_t L = kLanes<A>, kStep = kLineVectors * L;
@@ -109,12 +175,12 @@ void pack_vectors(const ConvSource& s, int64_t n, int64_t c, int lanes, int64_t 
     Vec<A> pixels[L], relu[L];
     read_vectors(
         static_cast<const T*>(s.data) + n * s.stride.n + c * s.stride.c + y * s.stride.h + (x + j) * s.stride.w,
-        s.stride.c, s.stride.w, lanes, count, 2 * s.stride.h, pixels);
+        s.stride.c, s.stride.w, lanes, count, ahead * s.stride.h, pixels);
     if (s.relu_output) {
       const Strides4& stride = s.relu_stride;
       read_vectors(
           static_cast<const T*>(s.relu_output) + n * stride.n + c * stride.c + y * stride.h + (x + j) * stride.w,
-          stride.c, stride.w, lanes, count, 2 * stride.h, relu);
+          stride.c, stride.w, lanes, count, ahead * stride.h, relu);
       for (int i = 0; i < count; ++i) pixels[i] = relu[i] <= Vec<A>{} ? Vec<A>{} : pixels[i];
     }
     for (int i = 0; i < count; ++i) store(to + (j + i) * kStep, pixels[i]);
@@ -122,92 +188,92 @@ void pack_vectors(const ConvSource& s, int64_t n, int64_t c, int lanes, int64_t 
   for (int64_t j = last; j < cols; ++j) store(to + j * kStep, Vec<A>{});
 }
 
-// B^T of one column: four rows of the packed source.
-template <class A>
+// B^T of one column of the packed source.
+template <int R, class A>
 FASTNN_INLINE void column_products(const A* const* rows, int64_t at, Vec<A>* out) {
-  const Vec<A> d0 = load(rows[0] + at), d1 = load(rows[1] + at), d2 = load(rows[2] + at), d3 = load(rows[3] + at);
-  out[0] = d0 - d2, out[1] = d1 + d2, out[2] = d2 - d1, out[3] = d1 - d3;
+  Vec<A> d[kSide<R>];
+#pragma GCC unroll 6
+  for (int i = 0; i < kSide<R>; ++i) d[i] = load(rows[i] + at);
+  input_transform<R, A>(d, out);
 }
 
-// One vector of channels of `count` neighbouring tiles.
-template <class A>
+// One vector of channels of `count` neighbouring tiles, which share two columns.
+template <int R, class A>
 void input_products(const A* const* rows, int64_t count, A* out, int64_t pitch, int64_t product) {
   constexpr int64_t kStep = kLineVectors * kLanes<A>;
-  Vec<A> a[4], b[4], c[4], d[4];
-  column_products(rows, 0, a);
-  column_products(rows, kStep, b);
+  constexpr int S = kSide<R>;
+  Vec<A> columns[S][S];
+  column_products<R>(rows, 0, columns[0]);
+  column_products<R>(rows, kStep, columns[1]);
   for (int64_t tile = 0; tile < count; ++tile, out += pitch) {
-    column_products(rows, (2 * tile + 2) * kStep, c);
-    column_products(rows, (2 * tile + 3) * kStep, d);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      A* to = out + 4 * i * product;
-      store(to, a[i] - c[i]);
-      store(to + product, b[i] + c[i]);
-      store(to + 2 * product, c[i] - b[i]);
-      store(to + 3 * product, b[i] - d[i]);
-      a[i] = c[i], b[i] = d[i];
+    for (int j = 2; j < S; ++j) column_products<R>(rows, (R * tile + j) * kStep, columns[j]);
+#pragma GCC unroll 6
+    for (int i = 0; i < S; ++i) {
+      Vec<A> row[S], products[S];
+#pragma GCC unroll 6
+      for (int j = 0; j < S; ++j) row[j] = columns[j][i];
+      input_transform<R, A>(row, products);
+#pragma GCC unroll 6
+      for (int j = 0; j < S; ++j) store(out + (S * i + j) * product, products[j]);
+      columns[0][i] = row[R], columns[1][i] = row[R + 1];
     }
   }
 }
 
-// products[16][tile][channel] of tiles [begin, end); further tiles are zero, up to whole register tiles.
-template <class T>
+// products[product][tile][channel] of tiles [begin, end); further tiles are zero, up to whole register tiles.
+template <class T, int R>
 void transform_input(const WinogradConv& w, int64_t c0, int64_t begin, int64_t end,
-                     const WinogradScratch<Accumulator<T>>& s, Accumulator<T>* scratch) {
+                     const WinogradScratch<Accumulator<T>, R>& s, Accumulator<T>* scratch) {
   using A = Accumulator<T>;
   constexpr int64_t L = kLanes<A>, kStep = kLineVectors * L;
+  constexpr int S = kSide<R>;
   const ConvSource& source = w.conv.source;
-  const int64_t channels = w.conv.group_channels, row_size = (2 * w.block_tiles + 2) * kStep;
+  const int64_t channels = w.conv.group_channels, row_size = (R * w.block_tiles + 2) * kStep;
   A* products = scratch + s.products;
   for (int64_t c = 0; c < channels; c += kStep) {
     TileRun before{0, -2, 0, 0};
     for (int64_t tile = begin; tile < end; tile += before.count) {
       const TileRun run = tile_run(w, tile, end);
-      // The run above, if it is of a whole row, has left two of the four source rows.
+      // The run above, if it is of a whole row, has left two of the source rows.
       const int64_t left = run.row == before.row + 1 && before.col == 0 ? 2 : 0;
-      A* rows[4];
-      for (int64_t i = 0; i < 4; ++i) rows[i] = scratch + s.rows + (2 * run.row + i) % 4 * row_size;
+      A* rows[S];
+      for (int64_t i = 0; i < S; ++i) rows[i] = scratch + s.rows + (R * run.row + i) % S * row_size;
       for (int64_t v = 0; v < kLineVectors && c + v * L < channels; ++v) {
         const int lanes = int(channels - c - v * L < L ? channels - c - v * L : L);
-        for (int64_t i = left; i < 4; ++i)
-          pack_vectors<T>(source, run.n, c0 + c + v * L, lanes, 2 * run.row + i - w.conv.planes.origin_h,
-                          2 * run.col - w.conv.planes.origin_w, 2 * run.count + 2, rows[i] + v * L);
-        const A* at[4] = {rows[0] + v * L, rows[1] + v * L, rows[2] + v * L, rows[3] + v * L};
-        input_products(at, run.count, products + (tile - begin) * s.channel_pitch + c + v * L, s.channel_pitch,
-                       s.product);
+        for (int64_t i = left; i < S; ++i)
+          pack_vectors<T>(source, run.n, c0 + c + v * L, lanes, R * run.row + i - w.conv.planes.origin_h,
+                          R * run.col - w.conv.planes.origin_w, R * run.count + 2, R, rows[i] + v * L);
+        const A* at[S];
+        for (int i = 0; i < S; ++i) at[i] = rows[i] + v * L;
+        input_products<R>(at, run.count, products + (tile - begin) * s.channel_pitch + c + v * L, s.channel_pitch,
+                          s.product);
       }
       before = run;
     }
   }
   for (int64_t tile = end - begin; tile % kGemmTiles; ++tile)
-    for (int64_t k = 0; k < kWinogradProducts; ++k)
+    for (int64_t k = 0; k < kProducts<R>; ++k)
       for (int64_t c = 0; c < s.channel_pitch; c += L)
         store(products + k * s.product + tile * s.channel_pitch + c, Vec<A>{});
 }
 
 // ---- weight ----
 
-// G of three values.
-template <class V>
-FASTNN_INLINE void weight_products(V g0, V g1, V g2, V* out) {
-  const V half = (g0 + g2) / 2, middle = g1 / 2;
-  out[0] = g0, out[1] = half + middle, out[2] = half - middle, out[3] = g2;
-}
-
-// packed[run of kWidth result channels][16][source channel][result channel]: G g G^T. Of a run that one vector holds,
+// packed[run of kWidth result channels][product][source channel][result channel]: G g G^T. Of a run that one vector holds,
 // only that vector is stored.
-template <class T>
+template <class T, int R>
 void pack_products(const WinogradConv& w, const void* weight_, const int64_t* strides, void* packed_, int64_t begin,
                    int64_t end) {
   using A = Accumulator<T>;
   constexpr int64_t L = kLanes<A>, kWidth = kGemmVectors * L;
+  constexpr int S = kSide<R>;
   const TapConv& p = w.conv;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t group = index / w.group_runs, m = index % w.group_runs * kWidth;
     const int64_t count = p.group_results - m < kWidth ? p.group_results - m : kWidth, width = count > L ? kWidth : L;
     const T* weight = static_cast<const T*>(weight_) + group * strides[0] + m * strides[1];
-    A* packed = static_cast<A*>(packed_) + index * kWinogradProducts * w.run_product;
+    A* packed = static_cast<A*>(packed_) + index * kProducts<R> * w.run_product;
     A taps[9][kWidth] = {};
     for (int64_t c = 0; c < p.group_channels; ++c, packed += width) {
       for (int64_t i = 0; i < count; ++i)
@@ -215,14 +281,14 @@ void pack_products(const WinogradConv& w, const void* weight_, const int64_t* st
           taps[p.taps[t].row * 3 + p.taps[t].col][i] =
               to_accumulator(weight[i * strides[1] + c * strides[2] + p.taps[t].weight]);
       for (int64_t v = 0; v < width; v += L) {
-        Vec<A> left[4][3], out[4];
+        Vec<A> left[S][3], out[S];
         for (int j = 0; j < 3; ++j) {
-          weight_products(load(taps[j] + v), load(taps[3 + j] + v), load(taps[6 + j] + v), out);
-          for (int i = 0; i < 4; ++i) left[i][j] = out[i];
+          weight_transform<R, A>(load(taps[j] + v), load(taps[3 + j] + v), load(taps[6 + j] + v), out);
+          for (int i = 0; i < S; ++i) left[i][j] = out[i];
         }
-        for (int i = 0; i < 4; ++i) {
-          weight_products(left[i][0], left[i][1], left[i][2], out);
-          for (int j = 0; j < 4; ++j) store(packed + (4 * i + j) * w.run_product + v, out[j]);
+        for (int i = 0; i < S; ++i) {
+          weight_transform<R, A>(left[i][0], left[i][1], left[i][2], out);
+          for (int j = 0; j < S; ++j) store(packed + (S * i + j) * w.run_product + v, out[j]);
         }
       }
     }
@@ -285,59 +351,71 @@ void write_vectors(const Accumulator<T>* pixels, int64_t count, int lanes, T* to
   }
 }
 
-// A^T of four values.
-template <class V>
-FASTNN_INLINE void two_results(V m0, V m1, V m2, V m3, V* out0, V* out1) {
-  *out0 = m0 + (m1 + m2);
-  *out1 = (m1 - m2) - m3;
-}
-
-// The 2 x 2 results of a tile, row by row, from products `sum` apart.
-template <class A>
+// The R x R results of a tile, row by row, from products `sum` apart.
+template <int R, class A>
 FASTNN_INLINE void results_of_tile(const A* sums, int64_t sum, Vec<A> bias, Vec<A>* out) {
-  Vec<A> top[4], bottom[4];
+  constexpr int S = kSide<R>;
+  Vec<A> columns[S][R];
+#pragma GCC unroll 6
+  for (int j = 0; j < S; ++j) {
+    Vec<A> m[S];
+#pragma GCC unroll 6
+    for (int i = 0; i < S; ++i) m[i] = load(sums + (S * i + j) * sum);
+    output_transform<R, A>(m, columns[j]);
+  }
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j)
-    two_results(load(sums + j * sum), load(sums + (4 + j) * sum), load(sums + (8 + j) * sum),
-                load(sums + (12 + j) * sum), &top[j], &bottom[j]);
-  two_results(top[0], top[1], top[2], top[3], &out[0], &out[1]);
-  two_results(bottom[0], bottom[1], bottom[2], bottom[3], &out[2], &out[3]);
+  for (int i = 0; i < R; ++i) {
+    Vec<A> m[S];
+#pragma GCC unroll 6
+    for (int j = 0; j < S; ++j) m[j] = columns[j][i];
+    output_transform<R, A>(m, out + R * i);
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) out[i] += bias;
+    for (int j = 0; j < R; ++j) out[R * i + j] += bias;
+  }
 }
 
-// Max-pools the 2 x 2 results of `count` tiles, as torch: the first of equal maxima. `codes`: a byte a lane.
-template <class A>
-Vec<A> pool_tiles(const A* sums, int64_t width, int64_t sum, Vec<A> bias, int64_t count, A* line, uint8_t* codes) {
+// Max-pools the results of `count` tiles 2 x 2 by 2 x 2, as torch: the first of equal maxima. Lines of pixels, and as
+// many of `codes`: a byte a lane.
+template <int R, class A>
+Vec<A> pool_tiles(const A* sums, int64_t width, int64_t sum, Vec<A> bias, int64_t count, A* lines, uint8_t* codes,
+                  int64_t line_pitch, int64_t code_pitch) {
   constexpr int64_t L = kLanes<A>;
-  Vec<A> check{}, out[4];
+  Vec<A> check{}, out[R * R];
   for (int64_t i = 0; i < count; ++i) {
-    results_of_tile(sums + i * width, sum, bias, out);
-    Vec<A> best = out[0];
-    Mask<A> element{};
+    results_of_tile<R>(sums + i * width, sum, bias, out);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      check += out[j] * A(0);
-      element = out[j] > best ? Mask<A>{} + j : element;
-      best = max(best, out[j]);
+    for (int window = 0; window < R * R / 4; ++window) {
+      const int row = window / (R / 2), col = window % (R / 2);
+      const Vec<A>* first = out + 2 * row * R + 2 * col;
+      Vec<A> best = *first;
+      Mask<A> element{};
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const Vec<A> value = first[j / 2 * R + j % 2];
+        check += value * A(0);
+        element = value > best ? Mask<A>{} + j : element;
+        best = max(best, value);
+      }
+      const int64_t at = (R / 2 * i + col) * L;
+      store(lines + row * line_pitch + at, max(Vec<A>{}, best));
+      store_bytes(codes + row * code_pitch + at, best <= Vec<A>{} ? Mask<A>{} + kPoolNone : element);
     }
-    store(line + i * L, max(Vec<A>{}, best));
-    store_bytes(codes + i * L, best <= Vec<A>{} ? Mask<A>{} + kPoolNone : element);
   }
   return check;
 }
 
-// The 2 x 2 results of `count` tiles as two rows of pixels, ReLU applied.
-template <class A, bool relu>
-Vec<A> result_tiles(const A* sums, int64_t width, int64_t sum, Vec<A> bias, int64_t count, A* line, A* next_line) {
+// The results of `count` tiles as lines of pixels, ReLU applied.
+template <int R, class A, bool relu>
+Vec<A> result_tiles(const A* sums, int64_t width, int64_t sum, Vec<A> bias, int64_t count, A* lines,
+                    int64_t line_pitch) {
   constexpr int64_t L = kLanes<A>;
-  Vec<A> check{}, out[4];
+  Vec<A> check{}, out[R * R];
   for (int64_t i = 0; i < count; ++i) {
-    results_of_tile(sums + i * width, sum, bias, out);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
+    results_of_tile<R>(sums + i * width, sum, bias, out);
+#pragma GCC unroll 16
+    for (int j = 0; j < R * R; ++j) {
       check += out[j] * A(0);
-      store((j < 2 ? line : next_line) + (2 * i + j % 2) * L, relu ? max(Vec<A>{}, out[j]) : out[j]);
+      store(lines + j / R * line_pitch + (R * i + j % R) * L, relu ? max(Vec<A>{}, out[j]) : out[j]);
     }
   }
   return check;
@@ -345,62 +423,64 @@ Vec<A> result_tiles(const A* sums, int64_t width, int64_t sum, Vec<A> bias, int6
 
 // Result channels [m, m + lanes) of tiles [begin, end): a vector of every product in `sums`, whose tiles are `width`
 // apart. Returns zeros, but NaN where a result is not finite.
-template <class T>
+template <class T, int R>
 Vec<Accumulator<T>> transform_output(const WinogradConv& w, int64_t m, int lanes, int64_t begin, int64_t end,
                                      const Accumulator<T>* sums, int64_t width,
-                                     const WinogradScratch<Accumulator<T>>& s, Accumulator<T>* scratch) {
+                                     const WinogradScratch<Accumulator<T>, R>& s, Accumulator<T>* scratch) {
   using A = Accumulator<T>;
   constexpr int64_t L = kLanes<A>;
   const ConvResult& result = w.conv.result;
-  A* line = scratch + s.line;
-  A* next_line = line + (2 * w.block_tiles + L) * L;
-  uint8_t* codes = reinterpret_cast<uint8_t*>(scratch + s.codes);
+  A* const lines = scratch + s.lines;
+  uint8_t* const codes = reinterpret_cast<uint8_t*>(scratch + s.codes);
+  // Pixels along a side of a tile, and of an image.
+  const int64_t side = result.pool_code ? R / 2 : R;
+  const int64_t height = result.pool_code ? result.pool.out_h : w.conv.rows;
+  const int64_t all_cols = result.pool_code ? result.pool.out_w : w.conv.cols;
+  const int64_t code_pitch = side * w.block_tiles * L;
   const Vec<A> bias = w.conv.bias ? load_n(static_cast<const A*>(w.conv.bias) + m, lanes) : Vec<A>{};
   Vec<A> check{};
   for (int64_t tile = begin, count; tile < end; tile += count, sums += count * width) {
     const TileRun run = tile_run(w, tile, end);
     count = run.count;
-    T* to = static_cast<T*>(result.data) + run.n * result.stride.n + m * result.stride.c;
-    if (result.pool_code) {
-      check += pool_tiles(sums, width, s.sum, bias, count, line, codes);
-      write_vectors<T>(line, count, lanes, to + run.row * result.stride.h + run.col * result.stride.w, result.stride.c,
-                       result.stride.w);
-      const Strides4& stride = result.code_stride;
-      uint8_t* code = result.pool_code + run.n * stride.n + m * stride.c + run.row * stride.h + run.col * stride.w;
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < lanes; ++j) code[i * stride.w + j * stride.c] = codes[i * L + j];
-      continue;
+    if (result.pool_code)
+      check += pool_tiles<R>(sums, width, s.sum, bias, count, lines, codes, s.line_pitch, code_pitch);
+    else
+      check += w.conv.relu ? result_tiles<R, A, true>(sums, width, s.sum, bias, count, lines, s.line_pitch)
+                           : result_tiles<R, A, false>(sums, width, s.sum, bias, count, lines, s.line_pitch);
+    const int64_t x = side * run.col, cols = least(side * count, all_cols - x);
+    for (int64_t i = 0, y = side * run.row; i < side && y < height; ++i, ++y) {
+      const Strides4 &to = result.stride, &code_to = result.code_stride;
+      write_vectors<T>(lines + i * s.line_pitch, cols, lanes,
+                       static_cast<T*>(result.data) + run.n * to.n + m * to.c + y * to.h + x * to.w, to.c, to.w);
+      if (!result.pool_code) continue;
+      uint8_t* code = result.pool_code + run.n * code_to.n + m * code_to.c + y * code_to.h + x * code_to.w;
+      for (int64_t k = 0; k < cols; ++k)
+        for (int64_t j = 0; j < lanes; ++j)
+          code[k * code_to.w + j * code_to.c] = codes[i * code_pitch + k * L + j];
     }
-    check += w.conv.relu ? result_tiles<A, true>(sums, width, s.sum, bias, count, line, next_line)
-                         : result_tiles<A, false>(sums, width, s.sum, bias, count, line, next_line);
-    const int64_t y = 2 * run.row, x = 2 * run.col, left = w.conv.cols - x, cols = 2 * count < left ? 2 * count : left;
-    to += y * result.stride.h + x * result.stride.w;
-    write_vectors<T>(line, cols, lanes, to, result.stride.c, result.stride.w);
-    if (y + 1 < w.conv.rows)
-      write_vectors<T>(next_line, cols, lanes, to + result.stride.h, result.stride.c, result.stride.w);
   }
   return check;
 }
 
-template <class T>
+template <class T, int R>
 bool run_winograd(const WinogradConv& w, void* scratch_, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   constexpr int64_t L = kLanes<A>, kWidth = kGemmVectors * L;
   const TapConv& p = w.conv;
-  const WinogradScratch<A> s(w);
+  const WinogradScratch<A, R> s(w);
   A *scratch = static_cast<A*>(scratch_), *products = scratch + s.products, *sums = scratch + s.sums;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t split = task % w.splits(), group = task / w.splits() % p.groups;
     const int64_t first = task / (w.splits() * p.groups) * w.block_tiles, run = split * w.block_runs;
     const int64_t last = first + w.block_tiles < w.tiles() ? first + w.block_tiles : w.tiles();
     const int64_t end_run = run + w.block_runs < w.group_runs ? run + w.block_runs : w.group_runs;
-    transform_input<T>(w, group * p.group_channels, first, last, s, scratch);
+    transform_input<T, R>(w, group * p.group_channels, first, last, s, scratch);
     const A* weight =
-        static_cast<const A*>(p.weight) + (group * w.group_runs + run) * kWinogradProducts * w.run_product;
+        static_cast<const A*>(p.weight) + (group * w.group_runs + run) * kProducts<R> * w.run_product;
     Vec<A> check{};
     for (int64_t m = run * kWidth; m < end_run * kWidth; m += kWidth) {
       const int64_t count = p.group_results - m < kWidth ? p.group_results - m : kWidth;
-      for (int64_t k = 0; k < kWinogradProducts; ++k, weight += w.run_product)
+      for (int64_t k = 0; k < kProducts<R>; ++k, weight += w.run_product)
         if (count > L)
           gemm<A, 2>(products + k * s.product, s.channel_pitch, weight, p.group_channels, last - first,
                      sums + k * s.sum);
@@ -408,7 +488,7 @@ bool run_winograd(const WinogradConv& w, void* scratch_, int64_t begin, int64_t 
           gemm<A, 1>(products + k * s.product, s.channel_pitch, weight, p.group_channels, last - first,
                      sums + k * s.sum);
       for (int64_t i = 0; i < count; i += L)
-        check += transform_output<T>(w, group * p.group_results + m + i, int(count - i < L ? count - i : L), first,
+        check += transform_output<T, R>(w, group * p.group_results + m + i, int(count - i < L ? count - i : L), first,
                                      last, sums + i, count > L ? kWidth : L, s, scratch);
     }
     if (sum_lanes(check) != 0) return false;
@@ -451,7 +531,7 @@ void transform_grad(const WinogradGrad& g, int64_t m0, int64_t results, int64_t 
         Accumulator<T>* const at[2] = {rows + v - m, rows + v - m + 2 * g.source.block_tiles * kStep};
         for (int64_t i = 0; i < 2; ++i)
           pack_vectors<T>(g.grad.grad, run.n, m0 + v, int(results - v < L ? results - v : L), 2 * run.row + i,
-                          2 * run.col, 2 * count, at[i]);
+                          2 * run.col, 2 * count, 2, at[i]);
         grad_products<Accumulator<T>>(at, count, grads + (tile - begin) * pitch + v, pitch, product);
       }
     }
@@ -526,14 +606,14 @@ template <class A>
 struct WinogradGradScratch {
   int64_t grad_pitch, grad_product, sum, grads, sums, end;
 
-  WinogradGradScratch(const WinogradGrad& g, const WinogradScratch<A>& s) {
+  WinogradGradScratch(const WinogradGrad& g, const WinogradScratch<A, 2>& s) {
     constexpr int64_t kPad = kGradResults < kLanes<A> ? kLanes<A> : kGradResults;
     grad_pitch = (g.grad.block_results + kPad - 1) / kPad * kPad;
     grad_product = odd_lines(g.source.block_tiles * grad_pitch);
     sum = odd_lines(grad_pitch * s.channel_pitch);
     grads = s.end;
-    sums = grads + kWinogradProducts * grad_product;
-    end = sums + kWinogradProducts * sum;
+    sums = grads + kProducts<2> * grad_product;
+    end = sums + kProducts<2> * sum;
   }
 };
 
@@ -542,7 +622,7 @@ bool run_winograd_grad(const WinogradGrad& g, void* scratch_, int64_t begin, int
   using A = Accumulator<T>;
   constexpr int64_t L = kLanes<A>;
   const TapGrad& p = g.grad;
-  const WinogradScratch<A> s(g.source);
+  const WinogradScratch<A, 2> s(g.source);
   const WinogradGradScratch<A> at(g, s);
   A *scratch = static_cast<A*>(scratch_), *products = scratch + s.products, *grads = scratch + at.grads;
   A* const sums = scratch + at.sums;
@@ -551,15 +631,15 @@ bool run_winograd_grad(const WinogradGrad& g, void* scratch_, int64_t begin, int
     const int64_t first_result = group * p.group_results + m0, all_results = p.groups * p.group_results;
     WinogradConv source = g.source;
     source.conv.group_channels = channels;
-    for (int64_t i = 0; i < at.sum * kWinogradProducts; ++i) sums[i] = 0;
+    for (int64_t i = 0; i < at.sum * kProducts<2>; ++i) sums[i] = 0;
     A* bias_sums = p.bias_sums && c0 == 0 ? static_cast<A*>(p.bias_sums) + slice * all_results + first_result : nullptr;
     Vec<A> bias[kWinogradGradResults / L + 1] = {};
     for (int64_t b = g.blocks() * slice / p.slices; b < g.blocks() * (slice + 1) / p.slices; ++b) {
       const int64_t first = b * source.block_tiles;
       const int64_t last = first + source.block_tiles < source.tiles() ? first + source.block_tiles : source.tiles();
-      transform_input<T>(source, group * p.group_channels + c0, first, last, s, scratch);
+      transform_input<T, 2>(source, group * p.group_channels + c0, first, last, s, scratch);
       transform_grad<T>(g, first_result, results, first, last, scratch + s.rows, grads, at.grad_pitch, at.grad_product);
-      for (int64_t k = 0; k < kWinogradProducts; ++k)
+      for (int64_t k = 0; k < kProducts<2>; ++k)
         grad_gemm(grads + k * at.grad_product, at.grad_pitch, products + k * s.product, s.channel_pitch, last - first,
                   sums + k * at.sum);
       // Product (1, 1) of a tile of the gradient is the sum of the tile.
@@ -590,25 +670,27 @@ bool run_winograd_grad(const WinogradGrad& g, void* scratch_, int64_t begin, int
   return true;
 }
 
-template <class T>
+template <class T, int R>
 int64_t winograd_scratch(const WinogradConv& w) {
-  return WinogradScratch<Accumulator<T>>(w).end * int64_t(sizeof(Accumulator<T>));
+  return WinogradScratch<Accumulator<T>, R>(w).end * int64_t(sizeof(Accumulator<T>));
 }
 
 template <class T>
 int64_t winograd_grad_scratch(const WinogradGrad& g) {
   using A = Accumulator<T>;
-  return WinogradGradScratch<A>(g, WinogradScratch<A>(g.source)).end * int64_t(sizeof(A));
+  return WinogradGradScratch<A>(g, WinogradScratch<A, 2>(g.source)).end * int64_t(sizeof(A));
 }
 
-#define FASTNN_ALL_DTYPES(function) {function<double>, function<float>, function<bf16>, function<f16>}
+#define FASTNN_ALL_DTYPES(function, ...) \
+  {function<double __VA_ARGS__>, function<float __VA_ARGS__>, function<bf16 __VA_ARGS__>, function<f16 __VA_ARGS__>}
+#define FASTNN_TILE_KERNELS(R) \
+  {FASTNN_ALL_DTYPES(pack_products, , R), FASTNN_ALL_DTYPES(winograd_scratch, , R), FASTNN_ALL_DTYPES(run_winograd, , R)}
 const WinogradKernels kWinogradKernels = {
     kGemmTiles,
     {kGemmVectors * kLanes<double>, kGemmVectors * kLanes<float>},
-    FASTNN_ALL_DTYPES(pack_products),
-    FASTNN_ALL_DTYPES(winograd_scratch),
-    FASTNN_ALL_DTYPES(run_winograd),
+    {FASTNN_TILE_KERNELS(2), FASTNN_TILE_KERNELS(4)},
     FASTNN_ALL_DTYPES(winograd_grad_scratch),
     FASTNN_ALL_DTYPES(run_winograd_grad),
 };
+#undef FASTNN_TILE_KERNELS
 #undef FASTNN_ALL_DTYPES
