@@ -404,43 +404,49 @@ void run_depthwise(const TapGrad& p, DepthwiseGrad& d, DType dtype) {
 
 // ---- many channels a group ----
 
-// Winograd's convolution wins where there are channels to sum over, and tiles to share the weight's transform. A
+// Winograd's convolution wins where there are channels to sum over, and results to share the weight's transform. A
 // block's transformed tiles take half of an L2 cache, but are so many that the weight is not read too often.
-constexpr int64_t kWinogradChannels = 16, kWinogradTiles = 32;
+constexpr int64_t kWinogradChannels = 16, kWinogradResults = 128;
 constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
 constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
 
 constexpr int64_t kWinogradGradTiles = 60;  // of a block of the weight's gradient, at most: see its header
+
+std::atomic<bool> fast_winograd = false;
 
 // A 3 x 3 window that moves by one.
 bool is_window(const Planes& p, int64_t taps) {
   return taps == 9 && p.step_h == 1 && p.step_w == 1 && p.halo_h == 2 && p.halo_w == 2;
 }
 
-// Such a window, pooled by tiles if at all, and large enough.
-bool is_winograd(const WinogradConv& w) {
-  const TapConv& p = w.conv;
+// Tiles of side x side results.
+WinogradConv winograd_conv(const TapConv& p, int64_t side) {
+  WinogradConv w{};
+  w.conv = p;
+  w.side = side;
+  const int64_t windows = side / 2;
+  w.tile_rows = p.result.pool_code ? ceil_div(p.result.pool.out_h, windows) : ceil_div(p.rows, side);
+  w.tile_cols = p.result.pool_code ? ceil_div(p.result.pool.out_w, windows) : ceil_div(p.cols, side);
+  return w;
+}
+
+// False where it is not for this problem: windows of 3 x 3 that move by one, pooled by tiles if at all, and many.
+bool plan_winograd(const TapConv& p, DType dtype, WinogradConv& w) {
   const PoolShape& pool = p.result.pool;
   const bool by_tiles =
       !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
+  w = winograd_conv(p, fast_winograd ? 4 : 2);
   return is_window(p.planes, p.num_taps) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
-         std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.tiles() >= kWinogradTiles;
-}
-
-WinogradConv winograd_conv(const TapConv& p) {
-  WinogradConv w{};
-  w.conv = p;
-  w.tile_rows = p.result.pool_code ? p.result.pool.out_h : ceil_div(p.rows, 2);
-  w.tile_cols = p.result.pool_code ? p.result.pool.out_w : ceil_div(p.cols, 2);
-  return w;
+         std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.results() >= kWinogradResults;
 }
 
 // False where a result was not finite: then none may be used.
 bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std::array<int64_t, 3>& strides) {
   const WinogradKernels& kernels = winograd_kernels();
+  const WinogradTileKernels& of_side = kernels.of_side[w.side == 4];
   const TapConv& p = w.conv;
   const int64_t element = accumulator_size(dtype), width = kernels.gemm_results[element == 4];
-  const int64_t fit = std::max(kWinogradBlock, kWinogradBytes / (kWinogradProducts * p.group_channels * element));
+  const int64_t fit = std::max(kWinogradBlock, kWinogradBytes / (w.products() * p.group_channels * element));
   const int64_t blocks = ceil_div(w.tiles(), fit);
   w.block_tiles = ceil_div(ceil_div(w.tiles(), blocks), kernels.gemm_tiles) * kernels.gemm_tiles;
   // Too few blocks for the threads: they share a block's result channels.
@@ -449,25 +455,26 @@ bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std:
   w.group_runs = ceil_div(p.group_results, width);
   w.block_runs = ceil_div(w.group_runs, splits);
   w.run_product = (ceil_div(p.group_channels * width, 16) | 1) * 16;  // an odd number of cache lines: see set_block
-  w.scratch = kernels.scratch[dtype](w);
+  w.scratch = of_side.scratch[dtype](w);
 
-  const int64_t runs = p.groups * w.group_runs, run_size = kWinogradProducts * w.run_product;
+  const int64_t runs = p.groups * w.group_runs, run_size = w.products() * w.run_product;
   const Scratch<char> packed(runs * run_size * element);
   w.conv.weight = packed.get();
   torch::stable::parallel_for(
       0, runs, std::max<int64_t>(1, kWinogradGrain / run_size), [&](int64_t begin, int64_t end) {
-        kernels.pack_weight[dtype](w, weight.data_ptr(), strides.data(), packed.get(), begin, end);
+        of_side.pack_weight[dtype](w, weight.data_ptr(), strides.data(), packed.get(), begin, end);
       });
-  return run_finite_tasks(w, kernels.run[dtype]);
+  return run_finite_tasks(w, of_side.run[dtype]);
 }
 
 // False where it is not for this problem.
 bool plan_winograd(TapGrad& p, DType dtype, WinogradGrad& g) {
   WinogradConv& w = g.source;
   w.conv.source = p.source, w.conv.planes = p.planes, w.conv.batch = p.batch;
+  w.side = 2;
   w.tile_rows = ceil_div(p.rows, 2), w.tile_cols = ceil_div(p.cols, 2);
   if (!is_window(p.planes, p.num_taps) || std::min(p.group_channels, p.group_results) < kWinogradChannels ||
-      w.tiles() < kWinogradTiles)
+      w.results() < kWinogradResults)
     return false;
   p.form = GradForm::position_lanes;
   p.block_groups = 1;
@@ -548,8 +555,8 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
 void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
   const ConvKernels& kernels = conv_kernels();
   const int64_t element = accumulator_size(dtype);
-  WinogradConv winograd = winograd_conv(p);
-  if (is_winograd(winograd) && run_winograd(winograd, dtype, weight, strides)) return;
+  WinogradConv winograd;
+  if (plan_winograd(p, dtype, winograd) && run_winograd(winograd, dtype, weight, strides)) return;
   PointConv points;
   if (plan_pointwise(p, dtype, points)) return run_pointwise(points, dtype, weight, strides);
   const int64_t depth = ceil_div(p.group_channels, kernels.terms[dtype]);
@@ -886,6 +893,8 @@ void bind_conv2d(pybind11::module_& m) {
   define_entry(m, "conv2d", &conv2d);
   define_entry(m, "conv2d_relu_max_pool2d", &conv2d_relu_max_pool2d);
   define_entry(m, "conv2d_backward", &conv2d_backward);
+  m.def("fast_winograd", [] { return fast_winograd.load(); });
+  m.def("set_fast_winograd", [](bool fast) { fast_winograd = fast; });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {

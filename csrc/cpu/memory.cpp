@@ -1,6 +1,7 @@
 #include "cpu/memory.h"
 
 #include <algorithm>
+#include <new>
 #include <vector>
 
 #include "common/strides.h"
@@ -11,18 +12,31 @@
 
 namespace fastnn::cpu {
 
-Tensor with_huge_pages(Tensor tensor) {
+namespace {
+
+constexpr uintptr_t kHugePage = 2 << 20;
+
+// Of what is worth it. Advice only: where the kernel does not take it, nothing is lost.
+void advise_huge_pages(void* data, uintptr_t bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t bytes = uintptr_t(tensor.numel()) * tensor.element_size();
-  if (bytes >= 2 * kHugePage) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-    // Advice only: where the kernel does not take it, nothing is lost.
-    madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
-  }
+  if (bytes < 2 * kHugePage) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
+}
+
+}  // namespace
+
+Tensor with_huge_pages(Tensor tensor) {
+  advise_huge_pages(tensor.data_ptr(), uintptr_t(tensor.numel()) * tensor.element_size());
   return tensor;
+}
+
+void* allocate_scratch(size_t bytes) {
+  void* const data = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
+  if (!data) throw std::bad_alloc();
+  advise_huge_pages(data, bytes);
+  return data;
 }
 
 Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes, torch::headeronly::IntHeaderOnlyArrayRef strides,

@@ -4,7 +4,6 @@
 #include <array>
 #include <cstdlib>
 #include <memory>
-#include <new>
 #include <optional>
 
 #include "common/check.h"
@@ -27,14 +26,14 @@ Tensor fresh_like(const Tensor& tensor);
 Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> sizes, bool channels_last,
                 std::optional<ScalarType> dtype = std::nullopt);
 
+// Uninitialised memory for free(), with huge pages.
+void* allocate_scratch(size_t bytes);
+
 // Uninitialised scratch of one thread, aligned to a cache line.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (size_t(count) * sizeof(T) + 127) / 64 * 64))) {
-    if (!data_) throw std::bad_alloc();
-  }
+  explicit Scratch(int64_t count) : data_(static_cast<T*>(allocate_scratch(size_t(count) * sizeof(T)))) {}
   T* get() const { return data_.get(); }
 
  private:

@@ -19,6 +19,7 @@ struct WinogradConv {
 
   int64_t products() const { return (side + 2) * (side + 2); }
   int64_t tiles() const { return conv.batch * tile_rows * tile_cols; }
+  int64_t results() const { return tiles() * side * side; }  // a channel, those past an image's edges among them
   int64_t splits() const { return (group_runs + block_runs - 1) / block_runs; }
   int64_t tasks() const { return (tiles() + block_tiles - 1) / block_tiles * conv.groups * splits(); }
 };

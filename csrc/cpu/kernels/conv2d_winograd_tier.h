@@ -260,6 +260,32 @@ void transform_input(const WinogradConv& w, int64_t c0, int64_t begin, int64_t e
 
 // ---- weight ----
 
+// Of `lanes` result channels at `weight`, the taps of `channels` source channels, no more than a vector has lanes, as
+// taps[window position][source channel].
+template <class T>
+void read_taps(const TapConv& p, const T* weight, const int64_t* strides, int lanes, int channels,
+               Vec<Accumulator<T>>* taps) {
+  constexpr int L = kLanes<Accumulator<T>>, kPadded = (9 + L - 1) / L * L;
+  int64_t first = p.taps[0].weight, last = first;
+  for (int64_t t = 1; t < 9; ++t) {
+    first = least(first, p.taps[t].weight);
+    last = p.taps[t].weight > last ? p.taps[t].weight : last;
+  }
+  if (strides[1] != 1 && strides[2] != 1 && last - first < 9) {  // a channel pair's taps are neighbours
+    for (int c = 0; c < channels; ++c, weight += strides[2]) {
+      Vec<Accumulator<T>> pair[kPadded];
+      for (int i = 0; i <= last - first; i += L)
+        read_vectors(weight + first + i, strides[1], 1, lanes, int(least(L, last - first + 1 - i)), 0, pair + i);
+      for (int64_t t = 0; t < 9; ++t)
+        taps[(p.taps[t].row * 3 + p.taps[t].col) * L + c] = pair[p.taps[t].weight - first];
+    }
+  } else {
+    for (int64_t t = 0; t < 9; ++t)
+      read_vectors(weight + p.taps[t].weight, strides[1], strides[2], lanes, channels, 0,
+                   taps + (p.taps[t].row * 3 + p.taps[t].col) * L);
+  }
+}
+
 // packed[run of kWidth result channels][product][source channel][result channel]: G g G^T. Of a run that one vector holds,
 // only that vector is stored.
 template <class T, int R>
@@ -273,25 +299,29 @@ void pack_products(const WinogradConv& w, const void* weight_, const int64_t* st
     const int64_t group = index / w.group_runs, m = index % w.group_runs * kWidth;
     const int64_t count = p.group_results - m < kWidth ? p.group_results - m : kWidth, width = count > L ? kWidth : L;
     const T* weight = static_cast<const T*>(weight_) + group * strides[0] + m * strides[1];
-    A* packed = static_cast<A*>(packed_) + index * kProducts<R> * w.run_product;
-    A taps[9][kWidth] = {};
-    for (int64_t c = 0; c < p.group_channels; ++c, packed += width) {
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t t = 0; t < 9; ++t)
-          taps[p.taps[t].row * 3 + p.taps[t].col][i] =
-              to_accumulator(weight[i * strides[1] + c * strides[2] + p.taps[t].weight]);
+    A* const run = static_cast<A*>(packed_) + index * kProducts<R> * w.run_product;
+    for (int64_t c = 0; c < p.group_channels; c += L)
       for (int64_t v = 0; v < width; v += L) {
-        Vec<A> left[S][3], out[S];
-        for (int j = 0; j < 3; ++j) {
-          weight_transform<R, A>(load(taps[j] + v), load(taps[3 + j] + v), load(taps[6 + j] + v), out);
-          for (int i = 0; i < S; ++i) left[i][j] = out[i];
-        }
-        for (int i = 0; i < S; ++i) {
-          weight_transform<R, A>(left[i][0], left[i][1], left[i][2], out);
-          for (int j = 0; j < S; ++j) store(packed + (S * i + j) * w.run_product + v, out[j]);
+        Vec<A> taps[9 * L];
+        const int64_t channels = least(L, p.group_channels - c);
+        read_taps(p, weight + v * strides[1] + c * strides[2], strides, int(least(L, count - v)), int(channels), taps);
+        for (int64_t k = 0; k < channels; ++k) {
+          A* const packed = run + (c + k) * width + v;
+          Vec<A> left[S][3], out[S];
+#pragma GCC unroll 3
+          for (int j = 0; j < 3; ++j) {
+            weight_transform<R, A>(taps[j * L + k], taps[(3 + j) * L + k], taps[(6 + j) * L + k], out);
+#pragma GCC unroll 6
+            for (int i = 0; i < S; ++i) left[i][j] = out[i];
+          }
+#pragma GCC unroll 6
+          for (int i = 0; i < S; ++i) {
+            weight_transform<R, A>(left[i][0], left[i][1], left[i][2], out);
+#pragma GCC unroll 6
+            for (int j = 0; j < S; ++j) store(packed + (S * i + j) * w.run_product, out[j]);
+          }
         }
       }
-    }
   }
 }
 
