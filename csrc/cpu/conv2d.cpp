@@ -407,7 +407,7 @@ void run_depthwise(const TapGrad& p, DepthwiseGrad& d, DType dtype) {
 // Winograd's convolution wins where there are channels to sum over, and results to share the weight's transform. A
 // block's transformed tiles take half of an L2 cache, but are so many that the weight is not read too often.
 constexpr int64_t kWinogradChannels = 16, kWinogradResults = 128;
-constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
+constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64, kWinogradOneBlock = 128;
 constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
 
 constexpr int64_t kWinogradGradTiles = 60;  // of a block of the weight's gradient, at most: see its header
@@ -431,23 +431,24 @@ WinogradConv winograd_conv(const TapConv& p, int64_t side) {
 }
 
 // False where it is not for this problem: windows of 3 x 3 that move by one, pooled by tiles if at all, and many.
-bool plan_winograd(const TapConv& p, DType dtype, WinogradConv& w) {
+bool plan_winograd(const TapConv& p, DType dtype, const void* weight, const std::array<int64_t, 3>& strides, WinogradConv& w) {
   const PoolShape& pool = p.result.pool;
   const bool by_tiles =
       !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
   w = winograd_conv(p, fast_winograd ? 4 : 2);
+  w.conv.weight = weight, std::copy(strides.begin(), strides.end(), w.weight_strides);
   return is_window(p.planes, p.num_taps) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
          std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.results() >= kWinogradResults;
 }
 
 // False where a result was not finite: then none may be used.
-bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std::array<int64_t, 3>& strides) {
+bool run_winograd(WinogradConv& w, DType dtype) {
   const WinogradKernels& kernels = winograd_kernels();
   const WinogradTileKernels& of_side = kernels.of_side[w.side == 4];
   const TapConv& p = w.conv;
   const int64_t element = accumulator_size(dtype), width = kernels.gemm_results[element == 4];
   const int64_t fit = std::max(kWinogradBlock, kWinogradBytes / (w.products() * p.group_channels * element));
-  const int64_t blocks = ceil_div(w.tiles(), fit);
+  const int64_t blocks = w.tiles() <= kWinogradOneBlock ? 1 : ceil_div(w.tiles(), fit);
   w.block_tiles = ceil_div(ceil_div(w.tiles(), blocks), kernels.gemm_tiles) * kernels.gemm_tiles;
   // Too few blocks for the threads: they share a block's result channels.
   const int64_t threads = torch::stable::get_num_threads();
@@ -455,15 +456,18 @@ bool run_winograd(WinogradConv& w, DType dtype, const Tensor& weight, const std:
   w.group_runs = ceil_div(p.group_results, width);
   w.block_runs = ceil_div(w.group_runs, splits);
   w.run_product = (ceil_div(p.group_channels * width, 16) | 1) * 16;  // an odd number of cache lines: see set_block
-  w.scratch = of_side.scratch[dtype](w);
 
+  // One block uses every run once: it is packed where it is used, and never leaves the cache.
   const int64_t runs = p.groups * w.group_runs, run_size = w.products() * w.run_product;
-  const Scratch<char> packed(runs * run_size * element);
-  w.conv.weight = packed.get();
-  torch::stable::parallel_for(
-      0, runs, std::max<int64_t>(1, kWinogradGrain / run_size), [&](int64_t begin, int64_t end) {
-        of_side.pack_weight[dtype](w, weight.data_ptr(), strides.data(), packed.get(), begin, end);
-      });
+  const Scratch<char> packed(blocks == 1 ? 0 : runs * run_size * element);
+  if (blocks > 1) {
+    torch::stable::parallel_for(0, runs, std::max<int64_t>(1, kWinogradGrain / run_size),
+                                [&](int64_t begin, int64_t end) {
+                                  of_side.pack_weight[dtype](w, packed.get(), begin, end);
+                                });
+    w.packed = packed.get();
+  }
+  w.scratch = of_side.scratch[dtype](w);
   return run_finite_tasks(w, of_side.run[dtype]);
 }
 
@@ -556,7 +560,7 @@ void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t,
   const ConvKernels& kernels = conv_kernels();
   const int64_t element = accumulator_size(dtype);
   WinogradConv winograd;
-  if (plan_winograd(p, dtype, winograd) && run_winograd(winograd, dtype, weight, strides)) return;
+  if (plan_winograd(p, dtype, weight.data_ptr(), strides, winograd) && run_winograd(winograd, dtype)) return;
   PointConv points;
   if (plan_pointwise(p, dtype, points)) return run_pointwise(points, dtype, weight, strides);
   const int64_t depth = ceil_div(p.group_channels, kernels.terms[dtype]);

@@ -8,7 +8,9 @@ namespace fastnn::cpu {
 // Products are transformed tiles: 2 x 2 results out of 4 x 4 of the source, or 4 x 4 out of 6 x 6 (one pooling window,
 // or four, where the result is pooled). Tiles are counted along a row of tiles, then down an image, then over the batch.
 struct WinogradConv {
-  TapConv conv;                  // its planes give the geometry only, its weight is packed by pack_weight below
+  TapConv conv;                  // its planes give the geometry only, its weight is as given, [group][m][c][tap]
+  int64_t weight_strides[3];     // of group, m and c, elements
+  const void* packed;            // by pack_weight below; null: a task packs what it uses
   int64_t side;                  // of a tile, results: 2 or 4
   int64_t tile_rows, tile_cols;  // of an image
   int64_t block_tiles;           // a task's tiles, at most; forward, a multiple of gemm_tiles
@@ -39,10 +41,8 @@ struct WinogradGrad {
 };
 
 struct WinogradTileKernels {
-  // Packs runs [begin, end) of a weight viewed as [group][m][c][tap], products() * run_product elements each.
-  // strides: of group, m and c, elements.
-  void (*pack_weight[kNumDTypes])(const WinogradConv&, const void* weight, const int64_t* strides, void* packed,
-                                  int64_t begin, int64_t end);
+  // Packs runs [begin, end) of the weight, products() * run_product elements each.
+  void (*pack_weight[kNumDTypes])(const WinogradConv&, void* packed, int64_t begin, int64_t end);
   int64_t (*scratch[kNumDTypes])(const WinogradConv&);
   // Tasks [begin, end). False, at once, where a result is not finite: an infinity or NaN has then reached the other
   // results of its tile too, so that none of the call's results may be used.

@@ -48,7 +48,7 @@ struct WinogradScratch {
   int64_t product;        // between products of the source
   int64_t sum;            // between products of the result
   int64_t line_pitch;     // between lines of results
-  int64_t products, sums, rows, lines, codes, end;
+  int64_t products, sums, weight, rows, lines, codes, end;
 
   explicit WinogradScratch(const WinogradConv& w) {
     constexpr int64_t L = kLanes<A>, kWidth = kGemmVectors * L;
@@ -58,7 +58,8 @@ struct WinogradScratch {
     line_pitch = (R * w.block_tiles + L) * L;
     products = 0;
     sums = products + kProducts<R> * product;
-    rows = sums + kProducts<R> * sum;
+    weight = sums + kProducts<R> * sum;
+    rows = weight + (w.packed ? 0 : kProducts<R> * w.run_product);
     lines = rows + kSide<R> * (R * w.block_tiles + 2) * kLineVectors * L;
     codes = lines + R * line_pitch;
     end = codes + w.block_tiles * L;  // a byte for each of at most four windows
@@ -275,7 +276,8 @@ void read_taps(const TapConv& p, const T* weight, const int64_t* strides, int la
     for (int c = 0; c < channels; ++c, weight += strides[2]) {
       Vec<Accumulator<T>> pair[kPadded];
       for (int i = 0; i <= last - first; i += L)
-        read_vectors(weight + first + i, strides[1], 1, lanes, int(least(L, last - first + 1 - i)), 0, pair + i);
+        read_vectors(weight + first + i, strides[1], 1, lanes, int(least(L, last - first + 1 - i)),
+                     4 * strides[2], pair + i);
       for (int64_t t = 0; t < 9; ++t)
         taps[(p.taps[t].row * 3 + p.taps[t].col) * L + c] = pair[p.taps[t].weight - first];
     }
@@ -286,43 +288,46 @@ void read_taps(const TapConv& p, const T* weight, const int64_t* strides, int la
   }
 }
 
-// packed[run of kWidth result channels][product][source channel][result channel]: G g G^T. Of a run that one vector holds,
-// only that vector is stored.
+// packed[product][source channel][result channel] of run `index` of kWidth result channels: G g G^T. Of a run that one
+// vector holds, only that vector is stored.
 template <class T, int R>
-void pack_products(const WinogradConv& w, const void* weight_, const int64_t* strides, void* packed_, int64_t begin,
-                   int64_t end) {
+void pack_run(const WinogradConv& w, int64_t index, Accumulator<T>* packed) {
   using A = Accumulator<T>;
   constexpr int64_t L = kLanes<A>, kWidth = kGemmVectors * L;
   constexpr int S = kSide<R>;
   const TapConv& p = w.conv;
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t group = index / w.group_runs, m = index % w.group_runs * kWidth;
-    const int64_t count = p.group_results - m < kWidth ? p.group_results - m : kWidth, width = count > L ? kWidth : L;
-    const T* weight = static_cast<const T*>(weight_) + group * strides[0] + m * strides[1];
-    A* const run = static_cast<A*>(packed_) + index * kProducts<R> * w.run_product;
-    for (int64_t c = 0; c < p.group_channels; c += L)
-      for (int64_t v = 0; v < width; v += L) {
-        Vec<A> taps[9 * L];
-        const int64_t channels = least(L, p.group_channels - c);
-        read_taps(p, weight + v * strides[1] + c * strides[2], strides, int(least(L, count - v)), int(channels), taps);
-        for (int64_t k = 0; k < channels; ++k) {
-          A* const packed = run + (c + k) * width + v;
-          Vec<A> left[S][3], out[S];
+  const int64_t* strides = w.weight_strides;
+  const int64_t group = index / w.group_runs, m = index % w.group_runs * kWidth;
+  const int64_t count = least(kWidth, p.group_results - m), width = count > L ? kWidth : L;
+  const T* weight = static_cast<const T*>(p.weight) + group * strides[0] + m * strides[1];
+  for (int64_t c = 0; c < p.group_channels; c += L)
+    for (int64_t v = 0; v < width; v += L) {
+      Vec<A> taps[9 * L];
+      const int64_t channels = least(L, p.group_channels - c);
+      read_taps(p, weight + v * strides[1] + c * strides[2], strides, int(least(L, count - v)), int(channels), taps);
+      for (int64_t k = 0; k < channels; ++k) {
+        A* const to = packed + (c + k) * width + v;
+        Vec<A> left[S][3], out[S];
 #pragma GCC unroll 3
-          for (int j = 0; j < 3; ++j) {
-            weight_transform<R, A>(taps[j * L + k], taps[(3 + j) * L + k], taps[(6 + j) * L + k], out);
+        for (int j = 0; j < 3; ++j) {
+          weight_transform<R, A>(taps[j * L + k], taps[(3 + j) * L + k], taps[(6 + j) * L + k], out);
 #pragma GCC unroll 6
-            for (int i = 0; i < S; ++i) left[i][j] = out[i];
-          }
+          for (int i = 0; i < S; ++i) left[i][j] = out[i];
+        }
 #pragma GCC unroll 6
-          for (int i = 0; i < S; ++i) {
-            weight_transform<R, A>(left[i][0], left[i][1], left[i][2], out);
+        for (int i = 0; i < S; ++i) {
+          weight_transform<R, A>(left[i][0], left[i][1], left[i][2], out);
 #pragma GCC unroll 6
-            for (int j = 0; j < S; ++j) store(packed + (S * i + j) * w.run_product, out[j]);
-          }
+          for (int j = 0; j < S; ++j) store(to + (S * i + j) * w.run_product, out[j]);
         }
       }
-  }
+    }
+}
+
+template <class T, int R>
+void pack_runs(const WinogradConv& w, void* packed, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index)
+    pack_run<T, R>(w, index, static_cast<Accumulator<T>*>(packed) + index * kProducts<R> * w.run_product);
 }
 
 // ---- GEMMs ----
@@ -501,15 +506,19 @@ bool run_winograd(const WinogradConv& w, void* scratch_, int64_t begin, int64_t 
   A *scratch = static_cast<A*>(scratch_), *products = scratch + s.products, *sums = scratch + s.sums;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t split = task % w.splits(), group = task / w.splits() % p.groups;
-    const int64_t first = task / (w.splits() * p.groups) * w.block_tiles, run = split * w.block_runs;
-    const int64_t last = first + w.block_tiles < w.tiles() ? first + w.block_tiles : w.tiles();
-    const int64_t end_run = run + w.block_runs < w.group_runs ? run + w.block_runs : w.group_runs;
+    const int64_t first = task / (w.splits() * p.groups) * w.block_tiles;
+    const int64_t last = least(first + w.block_tiles, w.tiles());
+    int64_t run = split * w.block_runs;
+    const int64_t end_run = least(run + w.block_runs, w.group_runs);
     transform_input<T, R>(w, group * p.group_channels, first, last, s, scratch);
-    const A* weight =
-        static_cast<const A*>(p.weight) + (group * w.group_runs + run) * kProducts<R> * w.run_product;
     Vec<A> check{};
-    for (int64_t m = run * kWidth; m < end_run * kWidth; m += kWidth) {
-      const int64_t count = p.group_results - m < kWidth ? p.group_results - m : kWidth;
+    for (; run < end_run; ++run) {
+      const int64_t m = run * kWidth, count = least(kWidth, p.group_results - m), index = group * w.group_runs + run;
+      const A* weight = scratch + s.weight;
+      if (w.packed)
+        weight = static_cast<const A*>(w.packed) + index * kProducts<R> * w.run_product;
+      else
+        pack_run<T, R>(w, index, scratch + s.weight);
       for (int64_t k = 0; k < kProducts<R>; ++k, weight += w.run_product)
         if (count > L)
           gemm<A, 2>(products + k * s.product, s.channel_pitch, weight, p.group_channels, last - first,
@@ -518,8 +527,8 @@ bool run_winograd(const WinogradConv& w, void* scratch_, int64_t begin, int64_t 
           gemm<A, 1>(products + k * s.product, s.channel_pitch, weight, p.group_channels, last - first,
                      sums + k * s.sum);
       for (int64_t i = 0; i < count; i += L)
-        check += transform_output<T, R>(w, group * p.group_results + m + i, int(count - i < L ? count - i : L), first,
-                                     last, sums + i, count > L ? kWidth : L, s, scratch);
+        check += transform_output<T, R>(w, group * p.group_results + m + i, int(least(L, count - i)), first, last,
+                                       sums + i, count > L ? kWidth : L, s, scratch);
     }
     if (sum_lanes(check) != 0) return false;
   }
@@ -714,7 +723,7 @@ int64_t winograd_grad_scratch(const WinogradGrad& g) {
 #define FASTNN_ALL_DTYPES(function, ...) \
   {function<double __VA_ARGS__>, function<float __VA_ARGS__>, function<bf16 __VA_ARGS__>, function<f16 __VA_ARGS__>}
 #define FASTNN_TILE_KERNELS(R) \
-  {FASTNN_ALL_DTYPES(pack_products, , R), FASTNN_ALL_DTYPES(winograd_scratch, , R), FASTNN_ALL_DTYPES(run_winograd, , R)}
+  {FASTNN_ALL_DTYPES(pack_runs, , R), FASTNN_ALL_DTYPES(winograd_scratch, , R), FASTNN_ALL_DTYPES(run_winograd, , R)}
 const WinogradKernels kWinogradKernels = {
     kGemmTiles,
     {kGemmVectors * kLanes<double>, kGemmVectors * kLanes<float>},
