@@ -4,8 +4,9 @@ Change two imports, ``import fastnn.nn as nn`` and ``import fastnn.optim as opti
 on them.
 """
 
+from fastnn import backends
 from fastnn.convert import ConversionReport, convert, revert
 from fastnn.dispatch import backend
 
 __version__ = "0.1.0"
-__all__ = ["ConversionReport", "backend", "convert", "revert"]
+__all__ = ["ConversionReport", "backend", "backends", "convert", "revert"]

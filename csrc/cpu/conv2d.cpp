@@ -407,12 +407,15 @@ void run_depthwise(const TapGrad& p, DepthwiseGrad& d, DType dtype) {
 // Winograd's convolution wins where there are channels to sum over, and results to share the weight's transform. A
 // block's transformed tiles take half of an L2 cache, but are so many that the weight is not read too often.
 constexpr int64_t kWinogradChannels = 16, kWinogradResults = 128;
-constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64, kWinogradOneBlock = 128;
+constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
+constexpr int64_t kWinogradOwnTiles = 128, kWinogradOwnBlocks = 2;  // of a problem whose blocks pack their own weights
 constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
 
 constexpr int64_t kWinogradGradTiles = 60;  // of a block of the weight's gradient, at most: see its header
 
-std::atomic<bool> fast_winograd = false;
+// Which of Winograd's convolutions may be used, see fastnn/backends.py.
+enum class Winograd { kOff, kDefault, kFast };
+std::atomic<Winograd> winograd_setting = Winograd::kDefault;
 
 // A 3 x 3 window that moves by one.
 bool is_window(const Planes& p, int64_t taps) {
@@ -430,14 +433,23 @@ WinogradConv winograd_conv(const TapConv& p, int64_t side) {
   return w;
 }
 
+// Tiles of 4 x 4 take fewer multiplications, where not too much of them lies outside of the result; they round more.
+int64_t tile_side(const TapConv& p) {
+  const auto products = [&](int64_t side) {
+    const WinogradConv w = winograd_conv(p, side);
+    return w.products() * w.tiles();
+  };
+  return winograd_setting == Winograd::kFast && 4 * products(4) < 3 * products(2) ? 4 : 2;
+}
+
 // False where it is not for this problem: windows of 3 x 3 that move by one, pooled by tiles if at all, and many.
-bool plan_winograd(const TapConv& p, DType dtype, const void* weight, const std::array<int64_t, 3>& strides, WinogradConv& w) {
+bool plan_winograd(const TapConv& p, const void* weight, const std::array<int64_t, 3>& strides, WinogradConv& w) {
   const PoolShape& pool = p.result.pool;
   const bool by_tiles =
       !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
-  w = winograd_conv(p, fast_winograd ? 4 : 2);
+  w = winograd_conv(p, tile_side(p));
   w.conv.weight = weight, std::copy(strides.begin(), strides.end(), w.weight_strides);
-  return is_window(p.planes, p.num_taps) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
+  return winograd_setting != Winograd::kOff && is_window(p.planes, p.num_taps) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
          std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.results() >= kWinogradResults;
 }
 
@@ -448,7 +460,9 @@ bool run_winograd(WinogradConv& w, DType dtype) {
   const TapConv& p = w.conv;
   const int64_t element = accumulator_size(dtype), width = kernels.gemm_results[element == 4];
   const int64_t fit = std::max(kWinogradBlock, kWinogradBytes / (w.products() * p.group_channels * element));
-  const int64_t blocks = w.tiles() <= kWinogradOneBlock ? 1 : ceil_div(w.tiles(), fit);
+  const int64_t own_fit = std::max(kWinogradOwnTiles, fit);
+  const bool own_weights = ceil_div(w.tiles(), own_fit) <= kWinogradOwnBlocks;
+  const int64_t blocks = ceil_div(w.tiles(), own_weights ? own_fit : fit);
   w.block_tiles = ceil_div(ceil_div(w.tiles(), blocks), kernels.gemm_tiles) * kernels.gemm_tiles;
   // Too few blocks for the threads: they share a block's result channels.
   const int64_t threads = torch::stable::get_num_threads();
@@ -457,10 +471,10 @@ bool run_winograd(WinogradConv& w, DType dtype) {
   w.block_runs = ceil_div(w.group_runs, splits);
   w.run_product = (ceil_div(p.group_channels * width, 16) | 1) * 16;  // an odd number of cache lines: see set_block
 
-  // One block uses every run once: it is packed where it is used, and never leaves the cache.
+  // Few blocks pack a run's weights where they use them: those never leave the cache.
   const int64_t runs = p.groups * w.group_runs, run_size = w.products() * w.run_product;
-  const Scratch<char> packed(blocks == 1 ? 0 : runs * run_size * element);
-  if (blocks > 1) {
+  const Scratch<char> packed(own_weights ? 0 : runs * run_size * element);
+  if (!own_weights) {
     torch::stable::parallel_for(0, runs, std::max<int64_t>(1, kWinogradGrain / run_size),
                                 [&](int64_t begin, int64_t end) {
                                   of_side.pack_weight[dtype](w, packed.get(), begin, end);
@@ -477,8 +491,8 @@ bool plan_winograd(TapGrad& p, DType dtype, WinogradGrad& g) {
   w.conv.source = p.source, w.conv.planes = p.planes, w.conv.batch = p.batch;
   w.side = 2;
   w.tile_rows = ceil_div(p.rows, 2), w.tile_cols = ceil_div(p.cols, 2);
-  if (!is_window(p.planes, p.num_taps) || std::min(p.group_channels, p.group_results) < kWinogradChannels ||
-      w.results() < kWinogradResults)
+  if (winograd_setting == Winograd::kOff || !is_window(p.planes, p.num_taps) ||
+      std::min(p.group_channels, p.group_results) < kWinogradChannels || w.results() < kWinogradResults)
     return false;
   p.form = GradForm::position_lanes;
   p.block_groups = 1;
@@ -560,7 +574,7 @@ void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t,
   const ConvKernels& kernels = conv_kernels();
   const int64_t element = accumulator_size(dtype);
   WinogradConv winograd;
-  if (plan_winograd(p, dtype, weight.data_ptr(), strides, winograd) && run_winograd(winograd, dtype)) return;
+  if (plan_winograd(p, weight.data_ptr(), strides, winograd) && run_winograd(winograd, dtype)) return;
   PointConv points;
   if (plan_pointwise(p, dtype, points)) return run_pointwise(points, dtype, weight, strides);
   const int64_t depth = ceil_div(p.group_channels, kernels.terms[dtype]);
@@ -897,8 +911,8 @@ void bind_conv2d(pybind11::module_& m) {
   define_entry(m, "conv2d", &conv2d);
   define_entry(m, "conv2d_relu_max_pool2d", &conv2d_relu_max_pool2d);
   define_entry(m, "conv2d_backward", &conv2d_backward);
-  m.def("fast_winograd", [] { return fast_winograd.load(); });
-  m.def("set_fast_winograd", [](bool fast) { fast_winograd = fast; });
+  m.def("winograd", [] { return int(winograd_setting.load()); });
+  m.def("set_winograd", [](int setting) { winograd_setting = Winograd(setting); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
