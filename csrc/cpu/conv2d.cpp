@@ -411,7 +411,7 @@ constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
 constexpr int64_t kWinogradOwnTiles = 128, kWinogradOwnBlocks = 2;  // of a problem whose blocks pack their own weights
 constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
 
-constexpr int64_t kWinogradGradTiles = 60;  // of a block of the weight's gradient, at most: see its header
+constexpr int64_t kWinogradGradProducts = 960;  // of a block of the weight's gradient and channel, at most: see its header
 
 // Which of Winograd's convolutions may be used, see fastnn/backends.py.
 enum class Winograd { kOff, kDefault, kFast };
@@ -487,10 +487,10 @@ bool run_winograd(WinogradConv& w, DType dtype) {
 
 // False where it is not for this problem.
 bool plan_winograd(TapGrad& p, DType dtype, WinogradGrad& g) {
+  TapConv conv{};
+  conv.source = p.source, conv.planes = p.planes, conv.batch = p.batch, conv.rows = p.rows, conv.cols = p.cols;
   WinogradConv& w = g.source;
-  w.conv.source = p.source, w.conv.planes = p.planes, w.conv.batch = p.batch;
-  w.side = 2;
-  w.tile_rows = ceil_div(p.rows, 2), w.tile_cols = ceil_div(p.cols, 2);
+  w = winograd_conv(conv, tile_side(conv));
   if (winograd_setting == Winograd::kOff || !is_window(p.planes, p.num_taps) ||
       std::min(p.group_channels, p.group_results) < kWinogradChannels || w.results() < kWinogradResults)
     return false;
@@ -501,8 +501,8 @@ bool plan_winograd(TapGrad& p, DType dtype, WinogradGrad& g) {
   p.channel_blocks =
       p.groups * ceil_div(p.group_results, p.block_results) * ceil_div(p.group_channels, p.block_channels);
   // Whole rows of tiles, or an even part of one.
-  w.block_tiles = w.tile_cols < kWinogradGradTiles ? kWinogradGradTiles / w.tile_cols * w.tile_cols
-                                                   : ceil_div(w.tile_cols, ceil_div(w.tile_cols, kWinogradGradTiles));
+  const int64_t most = kWinogradGradProducts / w.products();
+  w.block_tiles = w.tile_cols < most ? most / w.tile_cols * w.tile_cols : ceil_div(w.tile_cols, ceil_div(w.tile_cols, most));
   p.slices = count_slices(p, g.blocks(), accumulator_size(dtype));
   return true;
 }
@@ -510,9 +510,9 @@ bool plan_winograd(TapGrad& p, DType dtype, WinogradGrad& g) {
 // False where a sum was not finite, as in the forward pass.
 bool run_winograd(const TapGrad& p, DType dtype, WinogradGrad& g) {
   g.grad = p;
-  const WinogradKernels& kernels = winograd_kernels();
-  g.scratch = kernels.grad_scratch[dtype](g);
-  return run_finite_tasks(g, kernels.run_grad[dtype]);
+  const WinogradTileKernels& of_side = winograd_kernels().of_side[g.source.side == 4];
+  g.scratch = of_side.grad_scratch[dtype](g);
+  return run_finite_tasks(g, of_side.run_grad[dtype]);
 }
 
 constexpr int64_t kPointBytes = 256 << 10;  // of a block of pixels, in the L2 cache

@@ -47,14 +47,14 @@ struct WinogradTileKernels {
   // Tasks [begin, end). False, at once, where a result is not finite: an infinity or NaN has then reached the other
   // results of its tile too, so that none of the call's results may be used.
   bool (*run[kNumDTypes])(const WinogradConv&, void* scratch, int64_t begin, int64_t end);
+  int64_t (*grad_scratch[kNumDTypes])(const WinogradGrad&);
+  bool (*run_grad[kNumDTypes])(const WinogradGrad&, void* scratch, int64_t begin, int64_t end);
 };
 
 struct WinogradKernels {
   int gemm_tiles;                  // tiles ...
   int gemm_results[2];             // ... and result channels of a register tile, for float64 and float32
   WinogradTileKernels of_side[2];  // 2 and 4
-  int64_t (*grad_scratch[kNumDTypes])(const WinogradGrad&);
-  bool (*run_grad[kNumDTypes])(const WinogradGrad&, void* scratch, int64_t begin, int64_t end);
 };
 
 const WinogradKernels& winograd_kernels();

@@ -81,6 +81,7 @@ FASTNN_INLINE TileRun tile_run(const WinogradConv& w, int64_t tile, int64_t end)
 template <class A>
 struct Points {
   static constexpr A a = A(0.625), b = A(1.5), a2 = a * a, b2 = b * b;
+  static constexpr A scale_a = 1 / (2 * a2 * (a2 - b2)), scale_b = 1 / (2 * b2 * (b2 - a2));
 };
 
 // B^T of R + 2 values.
@@ -107,9 +108,8 @@ FASTNN_INLINE void weight_transform(Vec<A> g0, Vec<A> g1, Vec<A> g2, Vec<A>* out
     out[0] = g0, out[1] = half + middle, out[2] = half - middle, out[3] = g2;
   } else {
     using P = Points<A>;
-    constexpr A scale_a = 1 / (2 * P::a2 * (P::a2 - P::b2)), scale_b = 1 / (2 * P::b2 * (P::b2 - P::a2));
-    const Vec<A> even_a = (g0 + P::a2 * g2) * scale_a, odd_a = g1 * (P::a * scale_a);
-    const Vec<A> even_b = (g0 + P::b2 * g2) * scale_b, odd_b = g1 * (P::b * scale_b);
+    const Vec<A> even_a = (g0 + P::a2 * g2) * P::scale_a, odd_a = g1 * (P::a * P::scale_a);
+    const Vec<A> even_b = (g0 + P::b2 * g2) * P::scale_b, odd_b = g1 * (P::b * P::scale_b);
     out[0] = g0 * (1 / (P::a2 * P::b2));
     out[1] = even_a + odd_a, out[2] = even_a - odd_a;
     out[3] = even_b + odd_b, out[4] = even_b - odd_b;
@@ -129,6 +129,38 @@ FASTNN_INLINE void output_transform(const Vec<A>* m, Vec<A>* out) {
     out[1] = P::a * odd_a + P::b * odd_b;
     out[2] = P::a2 * even_a + P::b2 * even_b;
     out[3] = (P::a2 * P::a * odd_a + P::b2 * P::b * odd_b) + m[5];
+  }
+}
+
+// A of R values of a result's gradient.
+template <int R, class A>
+FASTNN_INLINE void grad_transform(const Vec<A>* y, Vec<A>* out) {
+  if constexpr (R == 2) {
+    out[0] = y[0], out[1] = y[0] + y[1], out[2] = y[0] - y[1], out[3] = -y[1];
+  } else {
+    using P = Points<A>;
+    const Vec<A> even_a = y[0] + P::a2 * y[2], odd_a = P::a * (y[1] + P::a2 * y[3]);
+    const Vec<A> even_b = y[0] + P::b2 * y[2], odd_b = P::b * (y[1] + P::b2 * y[3]);
+    out[0] = y[0];
+    out[1] = even_a + odd_a, out[2] = even_a - odd_a;
+    out[3] = even_b + odd_b, out[4] = even_b - odd_b;
+    out[5] = y[3];
+  }
+}
+
+// G^T of R + 2 sums.
+template <int R, class A>
+FASTNN_INLINE void tap_transform(const Vec<A>* s, Vec<A>* out) {
+  if constexpr (R == 2) {
+    const Vec<A> half = (s[1] + s[2]) / 2;
+    out[0] = s[0] + half, out[1] = (s[1] - s[2]) / 2, out[2] = half + s[3];
+  } else {
+    using P = Points<A>;
+    const Vec<A> even_a = (s[1] + s[2]) * P::scale_a, odd_a = (s[1] - s[2]) * P::scale_a;
+    const Vec<A> even_b = (s[3] + s[4]) * P::scale_b, odd_b = (s[3] - s[4]) * P::scale_b;
+    out[0] = s[0] * (1 / (P::a2 * P::b2)) + (even_a + even_b);
+    out[1] = P::a * odd_a + P::b * odd_b;
+    out[2] = (P::a2 * even_a + P::b2 * even_b) + s[5];
   }
 }
 
@@ -537,41 +569,58 @@ bool run_winograd(const WinogradConv& w, void* scratch_, int64_t begin, int64_t 
 
 // ---- gradient of the weight ----
 
-// A dy A^T of `count` neighbouring tiles, one vector of channels: their two rows of the result's gradient.
-template <class A>
-void grad_products(const A* const* rows, int64_t count, A* out, int64_t pitch, int64_t product) {
+// A dy A^T of `count` neighbouring tiles, one vector of channels: their R rows of the result's gradient, whose sum this
+// returns.
+template <int R, class A>
+Vec<A> grad_products(const A* const* rows, int64_t count, A* out, int64_t pitch, int64_t product) {
   constexpr int64_t kStep = kLineVectors * kLanes<A>;
+  constexpr int S = kSide<R>;
+  Vec<A> total{};
   for (int64_t tile = 0; tile < count; ++tile, out += pitch) {
-    const int64_t at = 2 * tile * kStep;
-    const Vec<A> a = load(rows[0] + at), b = load(rows[0] + at + kStep);
-    const Vec<A> c = load(rows[1] + at), d = load(rows[1] + at + kStep);
-    const Vec<A> left[4] = {a, a + c, a - c, -c}, right[4] = {b, b + d, b - d, -d};
+    Vec<A> columns[R][S];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      A* to = out + 4 * i * product;
-      store(to, left[i]);
-      store(to + product, left[i] + right[i]);
-      store(to + 2 * product, left[i] - right[i]);
-      store(to + 3 * product, -right[i]);
+    for (int j = 0; j < R; ++j) {
+      Vec<A> y[R];
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) {
+        y[i] = load(rows[i] + (R * tile + j) * kStep);
+        total += y[i];
+      }
+      grad_transform<R, A>(y, columns[j]);
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < S; ++i) {
+      Vec<A> row[R], products[S];
+#pragma GCC unroll 4
+      for (int j = 0; j < R; ++j) row[j] = columns[j][i];
+      grad_transform<R, A>(row, products);
+#pragma GCC unroll 6
+      for (int j = 0; j < S; ++j) store(out + (S * i + j) * product, products[j]);
     }
   }
+  return total;
 }
 
-// grads[16][tile][result channel] of tiles [begin, end). `rows` holds two rows of the block.
-template <class T>
+// grads[product][tile][result channel] of tiles [begin, end), and their sums, added to `bias`. `rows` holds R rows of
+// the block.
+template <class T, int R>
 void transform_grad(const WinogradGrad& g, int64_t m0, int64_t results, int64_t begin, int64_t end,
-                    Accumulator<T>* rows, Accumulator<T>* grads, int64_t pitch, int64_t product) {
+                    Accumulator<T>* rows, Accumulator<T>* grads, int64_t pitch, int64_t product,
+                    Vec<Accumulator<T>>* bias) {
   constexpr int64_t L = kLanes<Accumulator<T>>, kStep = kLineVectors * L;
   for (int64_t m = 0; m < results; m += kStep)
     for (int64_t tile = begin, count; tile < end; tile += count) {
       const TileRun run = tile_run(g.source, tile, end);
       count = run.count;
       for (int64_t v = m; v < m + kStep && v < results; v += L) {
-        Accumulator<T>* const at[2] = {rows + v - m, rows + v - m + 2 * g.source.block_tiles * kStep};
-        for (int64_t i = 0; i < 2; ++i)
-          pack_vectors<T>(g.grad.grad, run.n, m0 + v, int(results - v < L ? results - v : L), 2 * run.row + i,
-                          2 * run.col, 2 * count, 2, at[i]);
-        grad_products<Accumulator<T>>(at, count, grads + (tile - begin) * pitch + v, pitch, product);
+        Accumulator<T>* at[R];
+        for (int64_t i = 0; i < R; ++i) {
+          at[i] = rows + v - m + i * R * g.source.block_tiles * kStep;
+          pack_vectors<T>(g.grad.grad, run.n, m0 + v, int(results - v < L ? results - v : L), R * run.row + i,
+                          R * run.col, R * count, R, at[i]);
+        }
+        bias[v / L] +=
+            grad_products<R, Accumulator<T>>(at, count, grads + (tile - begin) * pitch + v, pitch, product);
       }
     }
 }
@@ -621,48 +670,50 @@ void grad_gemm(const A* grads, int64_t grad_pitch, const A* products, int64_t pi
   }
 }
 
-// G^T of four values.
-template <class V>
-FASTNN_INLINE void three_taps(V s0, V s1, V s2, V s3, V* out) {
-  const V half = (s1 + s2) / 2;
-  out[0] = s0 + half, out[1] = (s1 - s2) / 2, out[2] = half + s3;
-}
-
 // The nine taps of one vector of channels from sums `product` apart, window row by window row.
-template <class A>
+template <int R, class A>
 FASTNN_INLINE void taps_of_sums(const A* sums, int64_t product, Vec<A>* taps) {
-  Vec<A> columns[4][3];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j)
-    three_taps(load(sums + j * product), load(sums + (4 + j) * product), load(sums + (8 + j) * product),
-               load(sums + (12 + j) * product), columns[j]);
+  constexpr int S = kSide<R>;
+  Vec<A> columns[S][3];
+#pragma GCC unroll 6
+  for (int j = 0; j < S; ++j) {
+    Vec<A> s[S];
+#pragma GCC unroll 6
+    for (int i = 0; i < S; ++i) s[i] = load(sums + (S * i + j) * product);
+    tap_transform<R, A>(s, columns[j]);
+  }
 #pragma GCC unroll 3
-  for (int i = 0; i < 3; ++i) three_taps(columns[0][i], columns[1][i], columns[2][i], columns[3][i], taps + 3 * i);
+  for (int i = 0; i < 3; ++i) {
+    Vec<A> s[S];
+#pragma GCC unroll 6
+    for (int j = 0; j < S; ++j) s[j] = columns[j][i];
+    tap_transform<R, A>(s, taps + 3 * i);
+  }
 }
 
 // Where a thread's scratch memory lies, in elements, behind that of the source's transform.
-template <class A>
+template <class A, int R>
 struct WinogradGradScratch {
   int64_t grad_pitch, grad_product, sum, grads, sums, end;
 
-  WinogradGradScratch(const WinogradGrad& g, const WinogradScratch<A, 2>& s) {
+  WinogradGradScratch(const WinogradGrad& g, const WinogradScratch<A, R>& s) {
     constexpr int64_t kPad = kGradResults < kLanes<A> ? kLanes<A> : kGradResults;
     grad_pitch = (g.grad.block_results + kPad - 1) / kPad * kPad;
     grad_product = odd_lines(g.source.block_tiles * grad_pitch);
     sum = odd_lines(grad_pitch * s.channel_pitch);
     grads = s.end;
-    sums = grads + kProducts<2> * grad_product;
-    end = sums + kProducts<2> * sum;
+    sums = grads + kProducts<R> * grad_product;
+    end = sums + kProducts<R> * sum;
   }
 };
 
-template <class T>
+template <class T, int R>
 bool run_winograd_grad(const WinogradGrad& g, void* scratch_, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   constexpr int64_t L = kLanes<A>;
   const TapGrad& p = g.grad;
-  const WinogradScratch<A, 2> s(g.source);
-  const WinogradGradScratch<A> at(g, s);
+  const WinogradScratch<A, R> s(g.source);
+  const WinogradGradScratch<A, R> at(g, s);
   A *scratch = static_cast<A*>(scratch_), *products = scratch + s.products, *grads = scratch + at.grads;
   A* const sums = scratch + at.sums;
   for (int64_t task = begin; task < end; ++task) {
@@ -670,29 +721,25 @@ bool run_winograd_grad(const WinogradGrad& g, void* scratch_, int64_t begin, int
     const int64_t first_result = group * p.group_results + m0, all_results = p.groups * p.group_results;
     WinogradConv source = g.source;
     source.conv.group_channels = channels;
-    for (int64_t i = 0; i < at.sum * kProducts<2>; ++i) sums[i] = 0;
+    for (int64_t i = 0; i < at.sum * kProducts<R>; ++i) sums[i] = 0;
     A* bias_sums = p.bias_sums && c0 == 0 ? static_cast<A*>(p.bias_sums) + slice * all_results + first_result : nullptr;
     Vec<A> bias[kWinogradGradResults / L + 1] = {};
     for (int64_t b = g.blocks() * slice / p.slices; b < g.blocks() * (slice + 1) / p.slices; ++b) {
       const int64_t first = b * source.block_tiles;
       const int64_t last = first + source.block_tiles < source.tiles() ? first + source.block_tiles : source.tiles();
-      transform_input<T, 2>(source, group * p.group_channels + c0, first, last, s, scratch);
-      transform_grad<T>(g, first_result, results, first, last, scratch + s.rows, grads, at.grad_pitch, at.grad_product);
-      for (int64_t k = 0; k < kProducts<2>; ++k)
+      transform_input<T, R>(source, group * p.group_channels + c0, first, last, s, scratch);
+      transform_grad<T, R>(g, first_result, results, first, last, scratch + s.rows, grads, at.grad_pitch,
+                           at.grad_product, bias);
+      for (int64_t k = 0; k < kProducts<R>; ++k)
         grad_gemm(grads + k * at.grad_product, at.grad_pitch, products + k * s.product, s.channel_pitch, last - first,
                   sums + k * at.sum);
-      // Product (1, 1) of a tile of the gradient is the sum of the tile.
-      if (bias_sums)
-        for (int64_t tile = 0; tile < last - first; ++tile)
-          for (int64_t m = 0; m < results; m += L)
-            bias[m / L] += load(grads + 5 * at.grad_product + tile * at.grad_pitch + m);
     }
     Vec<A> check{};
     for (int64_t m = 0; m < results; ++m) {
       A* to = static_cast<A*>(p.weight_sums) + slice * all_results * p.group_channels * p.num_taps;
       for (int64_t c = 0; c < channels; c += L) {
         Vec<A> taps[9];
-        taps_of_sums(sums + m * s.channel_pitch + c, at.sum, taps);
+        taps_of_sums<R>(sums + m * s.channel_pitch + c, at.sum, taps);
         for (int64_t t = 0; t < 9; ++t) {
           const Vec<A> value = taps[p.taps[t].row * 3 + p.taps[t].col];
           check += value * A(0);
@@ -714,22 +761,21 @@ int64_t winograd_scratch(const WinogradConv& w) {
   return WinogradScratch<Accumulator<T>, R>(w).end * int64_t(sizeof(Accumulator<T>));
 }
 
-template <class T>
+template <class T, int R>
 int64_t winograd_grad_scratch(const WinogradGrad& g) {
   using A = Accumulator<T>;
-  return WinogradGradScratch<A>(g, WinogradScratch<A, 2>(g.source)).end * int64_t(sizeof(A));
+  return WinogradGradScratch<A, R>(g, WinogradScratch<A, R>(g.source)).end * int64_t(sizeof(A));
 }
 
-#define FASTNN_ALL_DTYPES(function, ...) \
-  {function<double __VA_ARGS__>, function<float __VA_ARGS__>, function<bf16 __VA_ARGS__>, function<f16 __VA_ARGS__>}
-#define FASTNN_TILE_KERNELS(R) \
-  {FASTNN_ALL_DTYPES(pack_runs, , R), FASTNN_ALL_DTYPES(winograd_scratch, , R), FASTNN_ALL_DTYPES(run_winograd, , R)}
+#define FASTNN_ALL_DTYPES(function, R) \
+  {function<double, R>, function<float, R>, function<bf16, R>, function<f16, R>}
+#define FASTNN_TILE_KERNELS(R)                                                                                \
+  {FASTNN_ALL_DTYPES(pack_runs, R), FASTNN_ALL_DTYPES(winograd_scratch, R), FASTNN_ALL_DTYPES(run_winograd, R), \
+   FASTNN_ALL_DTYPES(winograd_grad_scratch, R), FASTNN_ALL_DTYPES(run_winograd_grad, R)}
 const WinogradKernels kWinogradKernels = {
     kGemmTiles,
     {kGemmVectors * kLanes<double>, kGemmVectors * kLanes<float>},
     {FASTNN_TILE_KERNELS(2), FASTNN_TILE_KERNELS(4)},
-    FASTNN_ALL_DTYPES(winograd_grad_scratch),
-    FASTNN_ALL_DTYPES(run_winograd_grad),
 };
 #undef FASTNN_TILE_KERNELS
 #undef FASTNN_ALL_DTYPES
