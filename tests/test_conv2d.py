@@ -38,12 +38,13 @@ pytestmark = pytest.mark.kernels
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def settings_of_the_process() -> Iterator[None]:
     """Starting threads costs more than all the work on tensors this small; test_threads.py compares thread counts."""
-    before = torch.get_num_threads()
+    threads, winograd = torch.get_num_threads(), fastnn.backends.cpu.winograd
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    fastnn.backends.cpu.winograd = winograd
 
 
 def native_conv2d_relu(*args: Any, **kwargs: Any) -> Tensor:
@@ -157,6 +158,7 @@ def winograd_cases(draw: st.DrawFn) -> Case:
 
 
 CASES = cases() | winograd_cases()
+WINOGRAD = st.sampled_from(["default", "fast"])
 POOLS = st.fixed_dictionaries(
     {
         "pool_kernel_size": st.sampled_from([2, 2, 2, 3, (2, 3), (3, 1), (1, 4)]),
@@ -219,11 +221,13 @@ def test_integers_are_exact(backend, op, case, dtype, tf32, seed, data):
     case=CASES,
     dtype=st.sampled_from(FLOATING),
     distribution=st.sampled_from([normals, normals, offset_normals]),
+    winograd=WINOGRAD,
     seed=st.integers(0, 99),
 )
-@settings(max_examples=120)
-def test_error_is_no_worse_than_natives(backend, case, dtype, distribution, seed):
+@settings(max_examples=160)
+def test_error_is_no_worse_than_natives(backend, case, dtype, distribution, winograd, seed):
     torch.manual_seed(seed)
+    fastnn.backends.cpu.winograd = winograd
     draw = partial(distribution, dtype)
     inputs = case.tensors(draw)
     exact_inputs = tuple(map(to_float64, inputs))
@@ -244,11 +248,12 @@ def test_error_is_no_worse_than_natives(backend, case, dtype, distribution, seed
         assert error(o, e, magnitude) <= allowed, name
 
 
-@given(case=CASES, pool=POOLS, seed=st.integers(0, 99), data=st.data())
-@settings(max_examples=80)
-def test_fused_gradients_are_natives(backend, case, pool, seed, data):
+@given(case=CASES, pool=POOLS, winograd=WINOGRAD, seed=st.integers(0, 99), data=st.data())
+@settings(max_examples=110)
+def test_fused_gradients_are_natives(backend, case, pool, winograd, seed, data):
     """In float64, where no two implementations disagree on which of two real numbers is larger."""
     torch.manual_seed(seed)
+    fastnn.backends.cpu.winograd = winograd
     op, kwargs = data.draw(st.sampled_from([(CONV2D_RELU, {}), (CONV2D_RELU_MAX_POOL2D, pool)]))
     kwargs = case.kwargs | kwargs
     draw = partial(normals, torch.float64)
@@ -265,10 +270,17 @@ def test_fused_gradients_are_natives(backend, case, pool, seed, data):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@given(case=CASES, dtype=st.sampled_from(FLOATING), op=st.sampled_from([CONV2D, CONV2D_RELU]), data=st.data())
-@settings(max_examples=80)
-def test_infinities_and_nans_reach_the_same_outputs(backend, case, dtype, op, data):
+@given(
+    case=CASES,
+    dtype=st.sampled_from(FLOATING),
+    op=st.sampled_from([CONV2D, CONV2D_RELU]),
+    winograd=WINOGRAD,
+    data=st.data(),
+)
+@settings(max_examples=110)
+def test_infinities_and_nans_reach_the_same_outputs(backend, case, dtype, op, winograd, data):
     """An infinity or a NaN in the input is seen by the windows that hold it and by no other."""
+    fastnn.backends.cpu.winograd = winograd
     special = data.draw(st.lists(st.sampled_from([float("inf"), -float("inf"), float("nan"), -0.0]), max_size=3))
     x, w, b = case.tensors(partial(normals, dtype))
     if x.numel() and case.layouts[0] != "expanded":
@@ -326,10 +338,11 @@ def test_overflow_of_what_cancels(backend, dtype):
 
 
 @pytest.mark.big
-@given(case=winograd_cases(), dtype=st.sampled_from(FLOATING), data=st.data())
-@settings(max_examples=20)
-def test_infinities_and_nans_of_a_gradient(backend, case, dtype, data):
+@given(case=winograd_cases(), dtype=st.sampled_from(FLOATING), winograd=WINOGRAD, data=st.data())
+@settings(max_examples=30)
+def test_infinities_and_nans_of_a_gradient(backend, case, dtype, winograd, data):
     """As of the input: they reach the elements whose windows hold them. So do the input's own, in the weight's."""
+    fastnn.backends.cpu.winograd = winograd
     x, w, _ = case.tensors(partial(normals, dtype))
     grad_output = normals(dtype, tuple(native.conv2d(x, w, **case.kwargs).shape))
     for value in data.draw(st.lists(st.sampled_from([float("inf"), float("nan")]), max_size=2)):
@@ -341,6 +354,50 @@ def test_infinities_and_nans_of_a_gradient(backend, case, dtype, data):
     actual = values_and_gradients(partial(F.conv2d, **case.kwargs), (x, w), grad_output)[1]
     assert_same(actual.isfinite(), exact.isfinite(), "finite")
     assert_same(actual.isnan(), exact.isnan(), "NaN")
+
+
+# Winograd's convolution packs the weights once a call where there are many tiles, and where they are used where not.
+MANY_TILES = {"few tiles": (2, 15, 17), "many tiles": (3, 45, 61)}
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("cpu")], indirect=True)
+@pytest.mark.parametrize(
+    ("tiles", "op", "layout", "dtype"),
+    pairwise(list(MANY_TILES), ["plain", "pooled"], ["contiguous", "channels_last"], FLOATING),
+    ids=str,
+)
+def test_winograd_settings(backend, tiles, op, layout, dtype):
+    """Each setting's sums are its own: exact on small integers but for those of 'fast', which round by little."""
+    op = {"plain": CONV2D, "pooled": CONV2D_RELU_MAX_POOL2D}[op]
+    batch, height, width = MANY_TILES[tiles]
+    case = Case((batch, 18, height, width), (70, 18, 3, 3), kwargs={"padding": 1}, layouts=(layout,) * 3)
+    inputs = case.tensors(partial(integers, dtype))
+    exact_inputs = tuple(map(to_float64, inputs))
+    grad_output = case.grad_output(op.native(*exact_inputs, padding=1), partial(integers, dtype))
+    exact = values_and_gradients(partial(op.native, padding=1), exact_inputs, to_float64(grad_output))
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    for winograd in ("off", "default", "fast"):
+        fastnn.backends.cpu.winograd = winograd
+        assert fastnn.backends.cpu.winograd == winograd
+        actual = values_and_gradients(partial(op.ours, padding=1), inputs, grad_output)
+        slack = 1000 * torch.finfo(wide).eps if winograd == "fast" else 0.0
+        # Which of a window's equal maxima has the gradient depends on the rounding.
+        for name, a, e in zip(NAMES, actual if op is CONV2D or not slack else actual[:1], exact, strict=False):
+            assert ((e - slack).to(dtype) <= a).all() and (a <= (e + slack).to(dtype)).all(), name
+    x, w, _ = case.tensors(partial(normals, wide))
+    outputs = []
+    for winograd in ("off", "default", "fast"):
+        fastnn.backends.cpu.winograd = winograd
+        outputs.append(F.conv2d(x, w, padding=1))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(outputs, 2))
+
+
+def test_winograd_setting_is_checked():
+    with pytest.raises(ValueError, match=r"fastnn.backends.cpu.winograd set to 'fastest', expected one of off, default"):
+        fastnn.backends.cpu.winograd = "fastest"
+    assert fastnn.backends.cpu.winograd == "default"
+    with pytest.raises(AttributeError):
+        fastnn.backends.cpu.winogard = "fast"
 
 
 POOLED = [(4, 1, 2, {"pool_kernel_size": (2, 3), "pool_stride": stride}) for stride in (None, 1, 3)] + [(16, 3, 1, {})]

@@ -411,7 +411,7 @@ constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
 constexpr int64_t kWinogradOwnTiles = 128, kWinogradOwnBlocks = 2;  // of a problem whose blocks pack their own weights
 constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
 
-constexpr int64_t kWinogradGradProducts = 960;  // of a block of the weight's gradient and channel, at most: see its header
+constexpr int64_t kWinogradGradProducts = 2016;  // of a block of the weight's gradient and channel, at most: see its header
 
 // Which of Winograd's convolutions may be used, see fastnn/backends.py.
 enum class Winograd { kOff, kDefault, kFast };
