@@ -449,6 +449,7 @@ bool plan_winograd(const TapConv& p, const void* weight, const std::array<int64_
       !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
   w = winograd_conv(p, tile_side(p));
   w.conv.weight = weight, std::copy(strides.begin(), strides.end(), w.weight_strides);
+  if (getenv("NOWG")) return false;
   return winograd_setting != Winograd::kOff && is_window(p.planes, p.num_taps) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
          std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.results() >= kWinogradResults;
 }

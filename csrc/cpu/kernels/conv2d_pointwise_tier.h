@@ -49,7 +49,8 @@ struct RowTile {
   bool relu;
   bool first, last;  // of the passes that make the sums, which are in `partial` between two of them
   A* partial;
-  int64_t ahead;  // bytes to fetch each step, behind the rows
+  const char* ahead;   // what is fetched ...
+  int64_t ahead_step;  // ... and how many bytes of it each step
 };
 
 // One operand of each row; partial: what follows its first term is none of the sum's.
@@ -85,14 +86,14 @@ void multiply_rows(const RowTile<T>& b) {
   }
   const P* panel = b.panel;
   const int64_t pitch = by_channel ? b.row_pitch : kTerms;
-  const char* ahead = reinterpret_cast<const char*>(b.rows + NR * pitch);
+  const char* ahead = b.ahead;
   for (int64_t run = 0; run < b.runs; ++run) {
     const Element<P>* row = b.rows + run * b.run_pitch;
     const int64_t whole = by_channel ? b.terms / kTerms : operands<P>(b.terms);
     for (int64_t d = 0; d < whole; ++d, row += (by_channel ? 1 : kRows) * kTerms, panel += 2 * L) {
       if (by_channel) {
         __builtin_prefetch(ahead);
-        ahead += b.ahead;
+        ahead += b.ahead_step;
       }
       multiply_step<P, NR, NV, false>(row, pitch, panel, sum);
     }
@@ -136,6 +137,53 @@ FASTNN_INLINE Element<Operand<T>> element_of(T value) {
     return to_accumulator(value);
 }
 
+// The operand of kTermsOf neighbouring terms.
+template <class P>
+FASTNN_INLINE Vec<P> operand_of(const Vec<Accumulator<P>>* terms) {
+  if constexpr (kTermsOf<P> == 2)
+    return pairs(terms[0], terms[1]);
+  else
+    return terms[0];
+}
+
+// Vectors of operands packed as [run][operand][width], of results whose weights begin at `weight`; those past `lanes`
+// are zero. The channels are whole operands.
+template <class T>
+void pack_vectors(const PointConv& w, const T* weight, const int64_t* strides, int lanes, int64_t width, int64_t stored,
+                  Operand<T>* packed) {
+  using A = Accumulator<T>;
+  using P = Operand<T>;
+  constexpr int L = kLanes<A>, kTerms = kTermsOf<P>, kNeighbours = 4 * L;
+  const TapConv& p = w.conv;
+  const int64_t channels = p.group_channels / kTerms;
+  int64_t first = p.taps[0].weight, last = first;
+  for (const Tap* tap = p.taps; tap < p.taps + p.num_taps; ++tap)
+    first = least(first, tap->weight), last = most(last, tap->weight);
+  const int64_t span = last - first + 1;
+  if (strides[1] != 1 && strides[2] != 1 && span <= kNeighbours) {  // a channel pair's taps are neighbours
+    for (int64_t c = 0; c < channels; ++c) {
+      Vec<A> terms[kTerms][kNeighbours];
+      for (int term = 0; term < kTerms; ++term, weight += strides[2])
+        for (int64_t i = 0; i < span; i += L)
+          read_vectors(weight + first + i, strides[1], 1, lanes, int(least(L, span - i)), 4 * strides[2],
+                       terms[term] + i);
+      for (int64_t tap = 0; tap < p.num_taps; ++tap) {
+        Vec<A> of_tap[kTerms];
+        for (int term = 0; term < kTerms; ++term) of_tap[term] = terms[term][p.taps[tap].weight - first];
+        store_lanes(packed + (tap * channels + c) * width, operand_of<P>(of_tap), stored);
+      }
+    }
+  } else {
+    for (int64_t tap = 0; tap < p.num_taps; ++tap)
+      for (int64_t c = 0; c < p.group_channels; c += L) {
+        const int64_t count = least(L, p.group_channels - c);
+        Vec<A> terms[L];
+        read_vectors(weight + p.taps[tap].weight + c * strides[2], strides[1], strides[2], lanes, int(count), 0, terms);
+        for (int64_t i = 0; i < count; i += kTerms, packed += width) store_lanes(packed, operand_of<P>(terms + i), stored);
+      }
+  }
+}
+
 // Blocks [begin, end) of `width` results: packed[block][run][operand][width]. strides: of group (there is one), result
 // and channel.
 template <class T>
@@ -143,12 +191,19 @@ void pack_points_weight(const PointConv& w, int64_t width, const void* weight_, 
                         int64_t begin, int64_t end) {
   using P = Operand<T>;
   using E = Element<P>;
-  constexpr int kTerms = kTermsOf<P>;
+  constexpr int L = kLanes<P>, kTerms = kTermsOf<P>;
   const TapConv& p = w.conv;
   const T* weight = static_cast<const T*>(weight_);
   const int64_t channels = p.group_channels, depth = operands<P>(w.window_w * channels);
   for (int64_t block = begin; block < end; ++block) {
     E* packed = static_cast<E*>(packed_) + block * w.window_h * depth * width * kTerms;
+    if (channels % kTerms == 0) {
+      for (int64_t k = 0; k < width; k += L)
+        pack_vectors(w, weight + (block * width + k) * strides[1], strides,
+                     int(most(0, least(L, p.group_results - block * width - k))), width, least(L, width - k),
+                     reinterpret_cast<P*>(packed) + k);
+      continue;
+    }
     for (int64_t i = 0; i < w.window_h * depth * width * kTerms; ++i) packed[i] = {};
     for (int64_t k = 0; k < least(width, p.group_results - block * width); ++k)
       for (int64_t tap = 0; tap < p.num_taps; ++tap) {
@@ -248,20 +303,38 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
         const P* weight = static_cast<const P*>(p.weight) + m * depth;
         b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
         b.lanes = int(least(kWidth, p.group_results - m));
-        b.ahead = in_place && panel == task.first ? kRows * int64_t(sizeof(P)) : 0;
         for (int64_t run = 0; run < w.window_h; run += pass_runs)
           for (int64_t term = 0; term < terms; term += pass_terms) {
-            b.runs = least(pass_runs, w.window_h - run), b.terms = least(pass_terms, terms - term);
-            b.first = run == 0 && term == 0, b.last = run + b.runs == w.window_h && term + b.terms == terms;
-            b.panel = weight + (run * operands<P>(terms) + term / kTermsOf<P>)*kWidth;
+            b.terms = least(pass_terms, terms - term);
             b.partial = partial;
-            for (int64_t row = 0; row < rows; ++row)
+            // The pass's own part of the weights follows, and is fetched in as many steps as this one takes.
+            const int64_t runs = least(pass_runs, w.window_h - run), pass = runs * operands<P>(b.terms);
+            const char* const next = reinterpret_cast<const char*>(
+                weight + (run * operands<P>(terms) + term / kTermsOf<P> + pass) * kWidth);
+            const int64_t fetch = panel > task.first || !in_place ? ceil_div(kWidth * sizeof(P), rows * ceil_div(count, tile)) : 0;
+            for (int64_t row = 0; row < rows; ++row) {
+              // Runs in the padding above and below add nothing.
+              const int64_t source_y = y + row * s.step_h;
+              int64_t top = most(0, -source_y), bottom = least(w.window_h, p.source.height - source_y);
+              if (top >= bottom) top = 0, bottom = w.window_h;
+              const int64_t first_run = most(run, top), last_run = least(run + runs, bottom);
+              b.runs = last_run - first_run;
+              b.first = first_run == top && term == 0, b.last = last_run == bottom && term + b.terms == terms;
+              b.panel = weight + (first_run * operands<P>(terms) + term / kTermsOf<P>)*kWidth;
               for (int64_t i = 0; i < count; i += tile, b.partial += tile * kWidth) {
-                b.rows = pixels + (row * s.step_h + run) * b.run_pitch + i * b.row_pitch + term;
+                if (b.runs <= 0) continue;
+                b.rows = pixels + (row * s.step_h + first_run) * b.run_pitch + i * b.row_pitch + term;
                 b.result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n +
                            (task.first_row + row) * p.result.stride.h + (x + i) * b.result_pitch + m;
+                if (fetch) {
+                  b.ahead = next + (row * count + i) / tile * pass * fetch, b.ahead_step = fetch;
+                } else {
+                  b.ahead = reinterpret_cast<const char*>(b.rows + tile * b.row_pitch);
+                  b.ahead_step = kRows * int64_t(sizeof(P));
+                }
                 multiply_rows_of<T, true, kRows>(least(tile, count - i), b);
               }
+            }
           }
       }
     }

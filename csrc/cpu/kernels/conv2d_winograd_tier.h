@@ -166,32 +166,6 @@ FASTNN_INLINE void tap_transform(const Vec<A>* s, Vec<A>* out) {
 
 // ---- input ----
 
-// `cols` pixels of a row as vectors of `lanes` channels. What lies `ahead` is prefetched: a run reads less of a row
-// than a hardware prefetcher needs to see.
-template <class T>
-FASTNN_INLINE void read_vectors(const T* p, int64_t stride_c, int64_t stride_w, int lanes, int cols, int64_t ahead,
-                                Vec<Accumulator<T>>* out) {
-  using A = Accumulator<T>;
-  constexpr int L = kLanes<A>;
-  if (stride_c == 1) {
-    for (int j = 0; j < cols; ++j) {
-      __builtin_prefetch(p + j * stride_w + ahead);
-      out[j] = lanes == L ? load(p + j * stride_w) : load_n(p + j * stride_w, lanes);
-    }
-  } else if (stride_w == 1) {
-    for (int i = 0; i < lanes; ++i) __builtin_prefetch(p + i * stride_c + ahead);
-    for (int i = 0; i < L; ++i)
-      out[i] = i >= lanes ? Vec<A>{} : cols == L ? load(p + i * stride_c) : load_n(p + i * stride_c, cols);
-    transpose<A>(out);
-  } else {
-    for (int j = 0; j < cols; ++j) {
-      A pixel[L] = {};
-      for (int i = 0; i < lanes; ++i) pixel[i] = to_accumulator(p[i * stride_c + j * stride_w]);
-      out[j] = load(pixel);
-    }
-  }
-}
-
 // Row y of the padded source from column x on, `lanes` channels: a vector every kLineVectors at `to`. The next row of
 // tiles is `ahead` rows on.
 template <class T>
