@@ -406,7 +406,7 @@ void run_depthwise(const TapGrad& p, DepthwiseGrad& d, DType dtype) {
 
 // Winograd's convolution wins where there are channels to sum over, and results to share the weight's transform. A
 // block's transformed tiles take half of an L2 cache, but are so many that the weight is not read too often.
-constexpr int64_t kWinogradChannels = 16, kWinogradResults = 128;
+constexpr int64_t kWinogradChannels = 16, kWinogradPairChannels = 64, kWinogradResults = 128;
 constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
 constexpr int64_t kWinogradOwnTiles = 128, kWinogradOwnBlocks = 2;  // of a problem whose blocks pack their own weights
 constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
@@ -443,15 +443,21 @@ int64_t tile_side(const TapConv& p) {
 }
 
 // False where it is not for this problem: windows of 3 x 3 that move by one, pooled by tiles if at all, and many.
-bool plan_winograd(const TapConv& p, const void* weight, const std::array<int64_t, 3>& strides, WinogradConv& w) {
+bool plan_winograd(const TapConv& p, DType dtype, const void* weight, const std::array<int64_t, 3>& strides,
+                   WinogradConv& w) {
   const PoolShape& pool = p.result.pool;
   const bool by_tiles =
       !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
   w = winograd_conv(p, tile_side(p));
   w.conv.weight = weight, std::copy(strides.begin(), strides.end(), w.weight_strides);
-  if (getenv("NOWG")) return false;
-  return winograd_setting != Winograd::kOff && is_window(p.planes, p.num_taps) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
-         std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.results() >= kWinogradResults;
+  const int64_t channels = std::min(p.group_channels, p.group_results);
+  if (winograd_setting == Winograd::kOff || !is_window(p.planes, p.num_taps) || !by_tiles ||
+      !(p.result.stride.c == 1 || p.result.stride.w == 1) || channels < kWinogradChannels ||
+      w.results() < kWinogradResults)
+    return false;
+  // Terms multiplied two by two take half of the direct sum's time, the transformed ones, which are float32, do not.
+  return conv_kernels().terms[dtype] == 1 || w.side == 4 || p.result.pool_code ||
+         (channels >= kWinogradPairChannels && 2 * w.products() * w.tiles() <= 9 * p.batch * p.rows * p.cols);
 }
 
 // False where a result was not finite: then none may be used.
@@ -517,6 +523,7 @@ bool run_winograd(const TapGrad& p, DType dtype, WinogradGrad& g) {
 }
 
 constexpr int64_t kPointBytes = 256 << 10;  // of a block of pixels, in the L2 cache
+constexpr int64_t kPointTransposed = 110;   // products an element that is transposed takes part in, at the least
 
 // False where the taps are no window of neighbouring pixels or its pixels not the rows of a matrix, and where planes
 // serve a window better.
@@ -530,28 +537,35 @@ bool plan_pointwise(const TapConv& p, DType dtype, PointConv& w) {
   }
   w.padded = s.origin_h > 0 || s.origin_w > 0 || (p.rows - 1) * s.step_h + w.window_h - s.origin_h > p.source.height ||
              (p.cols - 1) * s.step_w + w.window_w - s.origin_w > p.source.width;
-  const bool by_channel = contiguous_along(&Strides4::c, p.source) && p.result.stride.c == 1;
-  const bool by_column = p.num_taps == 1 && !w.padded && s.origin_h == 0 && s.origin_w == 0 &&
-                         contiguous_along(&Strides4::w, p.source) && p.result.stride.w == 1 && s.step_w == 1;
-  if (p.groups > 1 || p.result.pool_code || w.window_h * w.window_w != p.num_taps || !(by_channel || by_column))
+  const bool pixels = contiguous_along(&Strides4::c, p.source), columns = contiguous_along(&Strides4::w, p.source);
+  w.by_column = p.num_taps == 1 && !w.padded && s.origin_h == 0 && s.origin_w == 0 && columns &&
+                p.result.stride.w == 1 && s.step_w == 1 && !(pixels && p.result.stride.c == 1);
+  if (p.groups > 1 || p.result.pool_code || w.window_h * w.window_w != p.num_taps || !(pixels || columns) ||
+      !(p.result.stride.c == 1 || p.result.stride.w == 1))
     return false;
   // Vectors of results are partly empty here, vectors of a plane's positions where there is padding between its rows.
   const int64_t element = accumulator_size(dtype), panel = pointwise_kernels().panel[element == 4];
   const int64_t results = ceil_div(p.group_results, panel / 2) * (panel / 2);
-  return p.num_taps == 1 || p.group_results * s.pitch >= results * p.cols;
+  if (p.num_taps > 1 && p.group_results * s.pitch < results * p.cols) return false;
+  // Of NCHW, pixels and results are transposed, which takes enough products to be worth it.
+  const int64_t transposed = (pixels ? 0 : s.step_h * s.step_w * p.group_channels) +
+                             (p.result.stride.c == 1 ? 0 : p.group_results);
+  return w.by_column || p.num_taps == 1 ||
+         p.group_channels * p.group_results * p.num_taps >= kPointTransposed * transposed;
 }
 
 void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
   const PointwiseKernels& kernels = pointwise_kernels();
   TapConv& p = w.conv;
   const Planes& s = p.planes;
-  const bool by_channel = p.result.stride.c == 1;
+  const bool by_channel = !w.by_column;
   const int64_t element = accumulator_size(dtype), panel = kernels.panel[element == 4];
   const int64_t width = by_channel ? panel : kernels.rows, tile = by_channel ? kernels.rows : panel;
   const int64_t blocks = ceil_div(p.group_results, width), threads = torch::stable::get_num_threads();
   // Pixels of a block: a window's rows above and below it are not counted.
   const int64_t pixel = s.step_h * s.step_w * p.group_channels * element;
-  const int64_t fit = std::max(tile, kPointBytes / pixel / tile * tile);
+  const int64_t bytes = p.result.stride.c == 1 || w.by_column ? pixel : std::max(pixel, panel * element);
+  const int64_t fit = std::max(tile, kPointBytes / bytes / tile * tile);
   w.block_cols = std::min(fit, p.cols);
   w.block_rows = p.num_taps == 1 ? 1 : std::max<int64_t>(1, fit / p.cols);
   while (w.block_rows > w.window_h && p.batch * ceil_div(p.rows, w.block_rows) < 4 * threads)
@@ -559,8 +573,9 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
   p.image_blocks = p.batch, p.row_blocks = ceil_div(p.rows, w.block_rows);
   p.channel_blocks = std::min(blocks, ceil_div(2 * threads, p.batch * p.row_blocks));
   const int64_t rows = (w.block_rows - 1) * s.step_h + w.window_h, cols = (w.block_cols - 1) * s.step_w + w.window_w;
-  w.scratch = (by_channel ? rows * cols + 1 : ceil_div(w.block_cols, panel) * panel) * p.group_channels * element;
-  if (by_channel) w.scratch += w.block_rows * ceil_div(w.block_cols, tile) * tile * panel * element;  // sums of a panel
+  w.scratch = (by_channel ? rows * cols + 8 : ceil_div(w.block_cols, panel) * panel) * p.group_channels * element;
+  // Sums of a panel, and as many as a vector has lanes.
+  if (by_channel) w.scratch += (w.block_rows * ceil_div(w.block_cols, tile) * tile + panel / 2) * panel * element;
   const int64_t depth = p.group_channels * p.num_taps;
   const Scratch<char> packed(blocks * width * depth * element);
   torch::stable::parallel_for(0, blocks, ceil_div(4096, width * depth), [&](int64_t begin, int64_t end) {
@@ -575,7 +590,7 @@ void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t,
   const ConvKernels& kernels = conv_kernels();
   const int64_t element = accumulator_size(dtype);
   WinogradConv winograd;
-  if (plan_winograd(p, weight.data_ptr(), strides, winograd) && run_winograd(winograd, dtype)) return;
+  if (plan_winograd(p, dtype, weight.data_ptr(), strides, winograd) && run_winograd(winograd, dtype)) return;
   PointConv points;
   if (plan_pointwise(p, dtype, points)) return run_pointwise(points, dtype, weight, strides);
   const int64_t depth = ceil_div(p.group_channels, kernels.terms[dtype]);

@@ -10,7 +10,8 @@ namespace fastnn::cpu {
 struct PointConv {
   TapConv conv;
   int64_t window_h, window_w;
-  bool padded;  // some window reaches past the source
+  bool padded;     // some window reaches past the source
+  bool by_column;  // vectors are pixels, not results
   int64_t block_rows, block_cols;
   int64_t scratch;
 

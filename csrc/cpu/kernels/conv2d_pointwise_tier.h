@@ -47,7 +47,8 @@ struct RowTile {
   int64_t result_pitch;
   int lanes;  // of the two vectors
   bool relu;
-  bool first, last;  // of the passes that make the sums, which are in `partial` between two of them
+  bool first, last;  // of the passes that make the sums, which are in `partial` between two of them, and where there
+                     // is no `result`, in the end
   A* partial;
   const char* ahead;   // what is fetched ...
   int64_t ahead_step;  // ... and how many bytes of it each step
@@ -72,7 +73,7 @@ template <class T, bool by_channel, int NR, int NV>
 void multiply_rows(const RowTile<T>& b) {
   using A = Accumulator<T>;
   using P = Operand<T>;
-  constexpr int L = kLanes<A>, kTerms = kTermsOf<P>;
+  constexpr int L = kLanes<A>, kTerms = kTermsOf<P>, kWidth = 2;  // vectors of a panel
   Vec<A> sum[NR][NV];
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) {
@@ -82,7 +83,7 @@ void multiply_rows(const RowTile<T>& b) {
     for (int n = 0; n < NR; ++n)
       sum[n][v] = !by_channel && b.bias    ? splat(b.bias[n])
                   : !by_channel || b.first ? start
-                                           : load(b.partial + (n * NV + v) * L);
+                                           : load(b.partial + (n * kWidth + v) * L);
   }
   const P* panel = b.panel;
   const int64_t pitch = by_channel ? b.row_pitch : kTerms;
@@ -103,19 +104,16 @@ void multiply_rows(const RowTile<T>& b) {
         panel += 2 * L;
       }
   }
-  if (by_channel && !b.last) {
-#pragma GCC unroll 12
-    for (int n = 0; n < NR; ++n)
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) store(b.partial + (n * NV + v) * L, sum[n][v]);
-    return;
-  }
+  const bool relu = b.relu && (!by_channel || b.last), partial = by_channel && !(b.last && b.result);
 #pragma GCC unroll 12
   for (int n = 0; n < NR; ++n)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      const Vec<A> value = b.relu ? (sum[n][v] < Vec<A>{} ? Vec<A>{} : sum[n][v]) : sum[n][v];
-      store_lanes(b.result + n * b.result_pitch + v * L, value, b.lanes - v * L);
+      const Vec<A> value = relu ? (sum[n][v] < Vec<A>{} ? Vec<A>{} : sum[n][v]) : sum[n][v];
+      if (partial)
+        store(b.partial + (n * kWidth + v) * L, value);
+      else
+        store_lanes(b.result + n * b.result_pitch + v * L, value, b.lanes - v * L);
     }
 }
 
@@ -241,6 +239,41 @@ FASTNN_INLINE void copy_run(const T* from, const T* relu, int64_t count, Element
   }
 }
 
+// `count` neighbouring columns of channels stride_c apart, as [column][channel], zero where ReLU's mask stops them. May
+// write three operands past the last.
+template <class T>
+void transpose_run(const T* from, int64_t stride_c, const T* relu, int64_t relu_c, int64_t channels, int64_t count,
+                   Element<Operand<T>>* to) {
+  using P = Operand<T>;
+  constexpr int64_t L = kLanes<P>, kTerms = kTermsOf<P>, kFew = 4;
+  const int64_t depth = operands<P>(channels);
+  for (int64_t x = 0; x < count; x += L, to += L * channels) {
+    const int lanes = int(least(L, count - x));
+    // From the last one down: what is written past a column is overwritten by the next one's first channels.
+    for (int64_t d = (depth - 1) / L * L; d >= 0; d -= L) {
+      Vec<P> square[L] = {};
+      for (int64_t i = 0; i < least(L, depth - d); ++i) {
+        const int64_t c = (d + i) * kTerms;
+        square[i] = load_operands<T, P>(from + c * stride_c + x, stride_c, relu ? relu + c * relu_c + x : nullptr,
+                                        relu_c, channels - c, lanes);
+      }
+      if constexpr (L > kFew)
+        if (depth <= kFew) {
+          P quads[kFew * L];  // of columns j % 4, as far as j / 4
+          swap_blocks<P, 2, kFew>(square);
+          swap_blocks<P, 1, kFew>(square);
+          for (int i = 0; i < kFew; ++i) store(quads + i * L, square[i]);
+          for (int j = 0; j < lanes; ++j)
+            __builtin_memcpy(to + j * channels, quads + j % kFew * L + j / kFew * kFew, kFew * sizeof(P));
+          continue;
+        }
+      transpose<P>(square);
+      for (int j = 0; j < lanes; ++j)
+        store_lanes(reinterpret_cast<P*>(to + j * channels + d * kTerms), square[j], depth - d);
+    }
+  }
+}
+
 // Source rows [y, y + rows) and columns [x, x + cols), zero outside the source, as [row][column][channel].
 template <class T>
 void copy_pixels(const TapConv& p, int64_t n, int64_t y, int64_t rows, int64_t x, int64_t cols,
@@ -248,6 +281,7 @@ void copy_pixels(const TapConv& p, int64_t n, int64_t y, int64_t rows, int64_t x
   const ConvSource& s = p.source;
   const int64_t channels = p.group_channels;
   const int64_t left = least(cols, most(0, -x)), right = most(left, least(cols, s.width - x));
+  const bool by_channel = s.stride.c == 1 && (!s.relu_output || s.relu_stride.c == 1);
   const bool dense = s.stride.w == channels && (!s.relu_output || s.relu_stride.w == channels);
   const int64_t run = dense ? (right - left) * channels : channels;
   for (int64_t row = y; row < y + rows; ++row, to += cols * channels) {
@@ -258,7 +292,10 @@ void copy_pixels(const TapConv& p, int64_t n, int64_t y, int64_t rows, int64_t x
     const int64_t relu_at = s.relu_stride.n * n + s.relu_stride.h * row + s.relu_stride.w * (x + left);
     const T* from = static_cast<const T*>(s.data) + at;
     const T* relu = s.relu_output ? static_cast<const T*>(s.relu_output) + relu_at : nullptr;
-    for (int64_t i = begin; i < end; i += run / channels, from += s.stride.w, relu += relu ? s.relu_stride.w : 0)
+    if (!by_channel && begin < end)
+      transpose_run(from, s.stride.c, relu, s.relu_stride.c, channels, end - begin, to + begin * channels);
+    for (int64_t i = begin; by_channel && i < end;
+         i += run / channels, from += s.stride.w, relu += relu ? s.relu_stride.w : 0)
       copy_run(from, relu, run, to + i * channels);
     for (int64_t i = end * channels; i < cols * channels; ++i) to[i] = {};
   }
@@ -273,7 +310,8 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
   const TapConv& p = w.conv;
   const int64_t channels = p.group_channels, depth = w.window_h * operands<P>(w.window_w * channels);
   const Planes& s = p.planes;
-  const bool in_place = !w.padded && sizeof(E) == sizeof(T) && !p.source.relu_output &&
+  const bool direct = p.result.stride.c == 1;  // or through `partial`, to be transposed
+  const bool in_place = !w.padded && p.source.stride.c == 1 && sizeof(E) == sizeof(T) && !p.source.relu_output &&
                         w.window_w * channels % kTermsOf<P> == 0 && (w.window_w == 1 || p.source.stride.w == channels);
   A* const partial = static_cast<A*>(scratch);
   E* const copied = reinterpret_cast<E*>(partial + w.block_rows * ceil_div(w.block_cols, kRows) * kRows * kWidth);
@@ -326,6 +364,7 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
                 b.rows = pixels + (row * s.step_h + first_run) * b.run_pitch + i * b.row_pitch + term;
                 b.result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n +
                            (task.first_row + row) * p.result.stride.h + (x + i) * b.result_pitch + m;
+                if (!direct) b.result = nullptr;
                 if (fetch) {
                   b.ahead = next + (row * count + i) / tile * pass * fetch, b.ahead_step = fetch;
                 } else {
@@ -336,6 +375,13 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
               }
             }
           }
+        for (int64_t row = 0; !direct && row < rows; ++row)
+          for (int64_t v = 0; v < b.lanes; v += kLanes<A>)
+            write_vectors<T>(partial + row * ceil_div(count, tile) * tile * kWidth + v, kWidth, count,
+                             int(least(kLanes<A>, b.lanes - v)),
+                             static_cast<T*>(p.result.data) + task.n * p.result.stride.n + (m + v) * p.result.stride.c +
+                                 (task.first_row + row) * p.result.stride.h + x * p.result.stride.w,
+                             p.result.stride.c, p.result.stride.w);
       }
     }
   }
@@ -402,7 +448,7 @@ void run_points_by_column(const PointConv& w, void* scratch, int64_t begin, int6
 // Tasks [begin, end): a block of result rows of one image, and a share of the blocks of results.
 template <class T>
 void run_points(const PointConv& w, void* scratch, int64_t begin, int64_t end) {
-  if (w.conv.result.stride.c == 1)
+  if (!w.by_column)
     run_points_by_channel<T>(w, scratch, begin, end);
   else
     run_points_by_column<T>(w, scratch, begin, end);

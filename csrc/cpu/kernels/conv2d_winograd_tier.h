@@ -367,31 +367,6 @@ void gemm(const A* products, int64_t pitch, const A* weight, int64_t channels, i
 
 // ---- output ----
 
-// A row of `count` pixels, vectors of `lanes` channels, in the result's layout: channels or columns are neighbours.
-template <class T>
-void write_vectors(const Accumulator<T>* pixels, int64_t count, int lanes, T* to, int64_t stride_c, int64_t stride_w) {
-  using A = Accumulator<T>;
-  constexpr int64_t L = kLanes<A>;
-  if (stride_c == 1) {
-    for (int64_t i = 0; i < count; ++i)
-      if (lanes == L)
-        store(to + i * stride_w, load(pixels + i * L));
-      else
-        store_n(to + i * stride_w, load(pixels + i * L), lanes);
-    return;
-  }
-  for (int64_t i = 0; i < count; i += L) {
-    Vec<A> square[L];
-    for (int64_t j = 0; j < L; ++j) square[j] = load(pixels + (i + j) * L);
-    transpose<A>(square);
-    for (int j = 0; j < lanes; ++j)
-      if (count - i >= L)
-        store(to + j * stride_c + i, square[j]);
-      else
-        store_n(to + j * stride_c + i, square[j], int(count - i));
-  }
-}
-
 // The R x R results of a tile, row by row, from products `sum` apart.
 template <int R, class A>
 FASTNN_INLINE void results_of_tile(const A* sums, int64_t sum, Vec<A> bias, Vec<A>* out) {
@@ -491,7 +466,7 @@ Vec<Accumulator<T>> transform_output(const WinogradConv& w, int64_t m, int lanes
     const int64_t x = side * run.col, cols = least(side * count, all_cols - x);
     for (int64_t i = 0, y = side * run.row; i < side && y < height; ++i, ++y) {
       const Strides4 &to = result.stride, &code_to = result.code_stride;
-      write_vectors<T>(lines + i * s.line_pitch, cols, lanes,
+      write_vectors<T>(lines + i * s.line_pitch, L, cols, lanes,
                        static_cast<T*>(result.data) + run.n * to.n + m * to.c + y * to.h + x * to.w, to.c, to.w);
       if (!result.pool_code) continue;
       uint8_t* code = result.pool_code + run.n * code_to.n + m * code_to.c + y * code_to.h + x * code_to.w;

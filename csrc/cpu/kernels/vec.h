@@ -405,7 +405,7 @@ FASTNN_INLINE DoubleVec max(DoubleVec a, DoubleVec b) { return (DoubleVec)_mm256
 #endif
 
 // Transposes kLanes<A> vectors in place: swaps ever smaller off-diagonal blocks.
-template <class A, int half>
+template <class A, int half, int count = kLanes<A>>
 FASTNN_INLINE void swap_blocks(Vec<A>* rows) {
   constexpr int n = kLanes<A>;
   Mask<A> low, high;
@@ -415,7 +415,7 @@ FASTNN_INLINE void swap_blocks(Vec<A>* rows) {
     high[i] = (i & half) ? i + n : i + half;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < n; ++i)
+  for (int i = 0; i < count; ++i)
     if (!(i & half)) {
       const Vec<A> a = rows[i], b = rows[i + half];
       rows[i] = __builtin_shuffle(a, b, low);
@@ -453,6 +453,25 @@ FASTNN_INLINE void read_vectors(const T* p, int64_t stride_c, int64_t stride_w, 
       for (int i = 0; i < lanes; ++i) pixel[i] = to_accumulator(p[i * stride_c + j * stride_w]);
       out[j] = load(pixel);
     }
+  }
+}
+
+// `count` pixels, vectors of `lanes` channels that are `pitch` apart, in a result's layout: channels or columns are
+// neighbours. May read pixels past them, up to a vector's lanes.
+template <class T>
+void write_vectors(const Accumulator<T>* pixels, int64_t pitch, int64_t count, int lanes, T* to, int64_t stride_c,
+                   int64_t stride_w) {
+  using A = Accumulator<T>;
+  constexpr int64_t L = kLanes<A>;
+  if (stride_c == 1) {
+    for (int64_t i = 0; i < count; ++i) store_lanes(to + i * stride_w, load(pixels + i * pitch), lanes);
+    return;
+  }
+  for (int64_t i = 0; i < count; i += L) {
+    Vec<A> square[L];
+    for (int64_t j = 0; j < L; ++j) square[j] = load(pixels + (i + j) * pitch);
+    transpose<A>(square);
+    for (int j = 0; j < lanes; ++j) store_lanes(to + j * stride_c + i, square[j], count - i);
   }
 }
 
