@@ -481,12 +481,14 @@ def test_one_by_one(backend, dtype, op, channels, results, size, stride, layout)
 
 
 COMMON_LAYERS = {
-    "few channels": (CONV2D, 3, 24, (17, 18), {"padding": 1}),
-    "strided": (CONV2D_RELU, 16, 40, (11, 12), {"stride": 2, "padding": 1}),
-    "pooled": (CONV2D_RELU_MAX_POOL2D, 16, 72, (8, 9), {"padding": (1, 2)}),
-    "many channels of no whole vector": (CONV2D, 131, 16, (4, 5), {}),
-    "depthwise": (CONV2D_RELU, 24, 24, (9, 11), {"stride": 2, "padding": 1, "groups": 24}),
-    "depthwise, pooled": (CONV2D_RELU_MAX_POOL2D, 16, 16, (8, 9), {"padding": 1, "groups": 16}),
+    "few channels": (CONV2D, 3, 24, 3, (17, 18), {"padding": 1}),
+    "strided": (CONV2D_RELU, 16, 40, 3, (11, 12), {"stride": 2, "padding": 1}),
+    "pooled": (CONV2D_RELU_MAX_POOL2D, 16, 72, 3, (8, 9), {"padding": (1, 2)}),
+    "many channels of no whole vector": (CONV2D, 131, 16, 3, (4, 5), {}),
+    "depthwise": (CONV2D_RELU, 24, 24, 3, (9, 11), {"stride": 2, "padding": 1, "groups": 24}),
+    "depthwise, pooled": (CONV2D_RELU_MAX_POOL2D, 16, 16, 3, (8, 9), {"padding": 1, "groups": 16}),
+    "large windows of few channels": (CONV2D_RELU, 3, 70, 7, (13, 37), {"stride": 2, "padding": 3}),
+    "large windows": (CONV2D, 21, 50, 5, (9, 23), {"padding": 2}),
 }
 
 
@@ -497,10 +499,10 @@ COMMON_LAYERS = {
 )
 def test_common_layers(backend, layer, layout, dtype):
     """On small integers, so exactly: what each kernel is for, in both of its layouts and every dtype."""
-    op, channels, results, size, kwargs = COMMON_LAYERS[layer]
+    op, channels, results, kernel, size, kwargs = COMMON_LAYERS[layer]
     allow_tf32(dtype == "TF32")
     dtype = torch.float32 if dtype == "TF32" else dtype
-    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), 3, 3))
+    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), kernel, kernel))
     x, w, b = case.tensors(partial(integers, dtype))
     exact_inputs = tuple(map(to_float64, (x, w, b)))
     grad_output = LAYOUTS[layout](integers(dtype, tuple(op.native(*exact_inputs, **kwargs).shape)))
@@ -519,9 +521,9 @@ def rounded_to_tf32(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("layer", COMMON_LAYERS)
 def test_tf32_where_torch_allows_it(backend, layer, layout):
     """Of rounded operands every product is exact, so the result is float64's of these to float32's accuracy."""
-    op, channels, results, size, kwargs = COMMON_LAYERS[layer]
+    op, channels, results, kernel, size, kwargs = COMMON_LAYERS[layer]
     op = CONV2D if op is CONV2D_RELU_MAX_POOL2D else op  # which element is a window's maximum depends on the rounding
-    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), 3, 3), bias=False)
+    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), kernel, kernel), bias=False)
     x, w, _ = case.tensors(partial(normals, torch.float32))
     grad_output = normals(torch.float32, tuple(op.native(x, w, **kwargs).shape))
     # Small groups are not worth the matrix units.
