@@ -442,6 +442,12 @@ int64_t tile_side(const TapConv& p) {
   return winograd_setting == Winograd::kFast && 4 * products(4) < 3 * products(2) ? 4 : 2;
 }
 
+// Whether the direct sum's terms, multiplied two by two, take less time than the transformed ones, which are float32.
+bool pairs_take_less(const WinogradConv& w, DType dtype) {
+  const TapConv& p = w.conv;
+  return conv_kernels().terms[dtype] > 1 && 2 * w.products() * w.tiles() > 9 * p.batch * p.rows * p.cols;
+}
+
 // False where it is not for this problem: windows of 3 x 3 that move by one, pooled by tiles if at all, and many.
 bool plan_winograd(const TapConv& p, DType dtype, const void* weight, const std::array<int64_t, 3>& strides,
                    WinogradConv& w) {
@@ -455,9 +461,8 @@ bool plan_winograd(const TapConv& p, DType dtype, const void* weight, const std:
       !(p.result.stride.c == 1 || p.result.stride.w == 1) || channels < kWinogradChannels ||
       w.results() < kWinogradResults)
     return false;
-  // Terms multiplied two by two take half of the direct sum's time, the transformed ones, which are float32, do not.
-  return conv_kernels().terms[dtype] == 1 || w.side == 4 || p.result.pool_code ||
-         (channels >= kWinogradPairChannels && 2 * w.products() * w.tiles() <= 9 * p.batch * p.rows * p.cols);
+  const bool pairs = conv_kernels().terms[dtype] > 1 && w.side == 2 && !p.result.pool_code;
+  return !(pairs && channels < kWinogradPairChannels) && !pairs_take_less(w, dtype);
 }
 
 // False where a result was not finite: then none may be used.
@@ -499,7 +504,8 @@ bool plan_winograd(TapGrad& p, DType dtype, WinogradGrad& g) {
   WinogradConv& w = g.source;
   w = winograd_conv(conv, tile_side(conv));
   if (winograd_setting == Winograd::kOff || !is_window(p.planes, p.num_taps) ||
-      std::min(p.group_channels, p.group_results) < kWinogradChannels || w.results() < kWinogradResults)
+      std::min(p.group_channels, p.group_results) < kWinogradChannels || w.results() < kWinogradResults ||
+      pairs_take_less(w, dtype))
     return false;
   p.form = GradForm::position_lanes;
   p.block_groups = 1;

@@ -28,7 +28,7 @@ struct WinogradConv {
 
 // Result and source channels of a task of the weight's gradient: their sums take a quarter of an L2 cache (float64:
 // half).
-constexpr int64_t kWinogradGradResults = 32, kWinogradGradChannels = 64;
+constexpr int64_t kWinogradGradResults = 64, kWinogradGradChannels = 64;
 
 // The gradient of the weight, out of the same tiles of the source and 2 x 2 tiles of the result's gradient.
 struct WinogradGrad {
