@@ -536,6 +536,22 @@ void pack_positions(const ConvSource& s, const Planes& p, const Block& block, in
         for (int64_t c = 0; c < channels; c += L) {
           const int lanes = int(least(L, channels - c));
           A* to = packed + (c / width * positions + at) * width + c % width;
+          if (p.step_w == 1) {
+            const T* from = static_cast<const T*>(s.data) + offset4(s.stride, block.n + image, c0 + c, y, columns.x);
+            const T* relu = static_cast<const T*>(s.relu_output);
+            if (relu) relu += offset4(s.relu_stride, block.n + image, c0 + c, y, columns.x);
+            for (int64_t j = 0; j < columns.first; ++j) store(to + j * width, Vec<A>{});
+            for (int64_t j = columns.first; j < columns.last; j += L) {
+              Vec<A> square[L];
+              const int64_t count = least(L, columns.last - j), i = j - columns.first;
+              read_masked_vectors(from + i * s.stride.w, s.stride.c, s.stride.w,
+                                  relu ? relu + i * s.relu_stride.w : nullptr, s.relu_stride.c, s.relu_stride.w, lanes,
+                                  int(count), L * s.stride.c, L * s.relu_stride.c, square);
+              for (int64_t k = 0; k < count; ++k) store(to + (j + k) * width, square[k]);
+            }
+            for (int64_t j = columns.last; j < p.pitch; ++j) store(to + j * width, Vec<A>{});
+            continue;
+          }
           const int64_t pitch = ceil_div(p.pitch, L) * L;
           for (int k = 0; k < L; ++k) {
             A* dst = row + k * pitch;
@@ -566,11 +582,52 @@ void pack_positions(const ConvSource& s, const Planes& p, const Block& block, in
 // Sums of products are taken over positions, the terms of an operand: every element becomes the operand that begins
 // with it, in place, the next term being `step` elements further on.
 template <class A, class P>
-const P* join_positions(A* p, int64_t count, int64_t step) {
+void join_positions(A* p, int64_t count, int64_t step) {
   if constexpr (kTermsOf<P> == 2)
     for (int64_t i = 0; i < count; i += kLanes<A>)
       store(reinterpret_cast<P*>(p + i), pairs(load(p + i), load(p + i + step)));
-  return reinterpret_cast<const P*>(p);
+}
+
+// Both of these for a single tap that meets no padding, whose operands begin at every second position alone; the others
+// stay as they are. False where it is not that, or operands are not pairs.
+template <class T, class P>
+bool pack_position_pairs(const ConvSource& s, const Planes& p, const Block& block, int64_t taps, int64_t cols,
+                         int64_t c0, int64_t channels, int64_t width, P* packed) {
+  if constexpr (kTermsOf<P> == 2) {
+    constexpr int L = kLanes<P>;
+    const bool by_channel = channels_contiguous(s);
+    if (taps > 1 || p.step_h * p.step_w > 1 || p.origin_h || p.origin_w || s.width < cols ||
+        s.height < block.row + block.rows || !(by_channel || (s.stride.w == 1 && (!s.relu_output || s.relu_stride.w == 1))))
+      return false;
+    for (int64_t image = 0; image < block.images; ++image)
+      for (int64_t i = 0; i < block.rows; ++i) {
+        const T* from = static_cast<const T*>(s.data) + offset4(s.stride, block.n + image, c0, block.row + i, 0);
+        const T* relu = static_cast<const T*>(s.relu_output);
+        if (relu) relu += offset4(s.relu_stride, block.n + image, c0, block.row + i, 0);
+        P* const to = packed + (image * block.pitch_image + i * p.pitch) * width;
+        for (int64_t j = 0; by_channel && j < cols; j += 2)
+          for (int64_t c = 0; c < channels; c += L)
+            store(to + (c / width * p.plane + j) * width + c % width,
+                  load_operands<T, P>(from + j * s.stride.w + c, s.stride.w,
+                                      relu ? relu + j * s.relu_stride.w + c : nullptr, s.relu_stride.w, cols - j,
+                                      int(least(L, channels - c))));
+        for (int64_t c = 0; !by_channel && c < channels; c += L)
+          for (int64_t j = 0; j < cols; j += 2 * L) {
+            const int64_t count = least(2 * L, cols - j);
+            const T* const next = from + (c + L) * s.stride.c + j;
+            Vec<P> square[L] = {};
+            for (int k = 0; k < L; ++k) __builtin_prefetch(next + k * s.stride.c);
+            for (int k = 0; k < least(L, channels - c); ++k)
+              square[k] = load_neighbours<T, P>(from + (c + k) * s.stride.c + j,
+                                                relu ? relu + (c + k) * s.relu_stride.c + j : nullptr, int(count));
+            transpose<P>(square);
+            for (int64_t k = 0; k < operands<P>(count); ++k)
+              store(to + (c / width * p.plane + j + 2 * k) * width + c % width, square[k]);
+          }
+      }
+    return true;
+  }
+  return false;
 }
 
 // Memory of the next block, fetched a little at every step while this one's tiles are computed: packing it is otherwise
@@ -845,7 +902,10 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
         const int64_t grad_width = result_lanes ? lanes_together<A>(count) : ceil_div(count, kLanes<A>) * kLanes<A>;
         const int64_t grad_runs = ceil_div(count, grad_width);
         A* row = grads + grad_runs * grad_width * grad_planes.plane;
-        pack_positions<T>(p.grad, grad_planes, block, first, count, grad_width, grads, row);
+        const P *grad = reinterpret_cast<const P*>(grads), *source = reinterpret_cast<const P*>(packed);
+        const bool joined = !bias_sums && pack_position_pairs<T>(p.grad, grad_planes, block, p.num_taps, p.cols, first,
+                                                                 count, grad_width, reinterpret_cast<P*>(grads));
+        if (!joined) pack_positions<T>(p.grad, grad_planes, block, first, count, grad_width, grads, row);
         if (bias_sums)
           for (int64_t m = 0; m < count; m += grad_width)
             for (int64_t image = 0; image < block.images; ++image)
@@ -853,13 +913,17 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
                 add_positions(
                     grads + m * grad_planes.plane + (image * block.pitch_image + i * planes.pitch) * grad_width,
                     grad_width, p.cols, bias_sums + m, least(grad_width, count - m));
-        const P* grad = join_positions<A, P>(grads, grad_runs * grad_width * grad_planes.plane, grad_width);
+        if (!joined) join_positions<A, P>(grads, grad_runs * grad_width * grad_planes.plane, grad_width);
         const int64_t width = result_lanes ? source_step : lanes_together<A>(channels);
-        if (result_lanes && !pixels)
-          pack_planes<T, A>(p.source, planes, block, p.source.height, source_channel, channels, packed);
-        else
-          pack_positions<T>(p.source, planes, block, source_channel, channels, width, packed, row);
-        const P* source = join_positions<A, P>(packed, ceil_div(channels, width) * width * planes.plane, width);
+        const bool planes_only = result_lanes && !pixels;
+        if (planes_only || !pack_position_pairs<T>(p.source, planes, block, p.num_taps, p.cols, source_channel,
+                                                   channels, width, reinterpret_cast<P*>(packed))) {
+          if (planes_only)
+            pack_planes<T, A>(p.source, planes, block, p.source.height, source_channel, channels, packed);
+          else
+            pack_positions<T>(p.source, planes, block, source_channel, channels, width, packed, row);
+          join_positions<A, P>(packed, ceil_div(channels, width) * width * planes.plane, width);
+        }
 
         Ahead ahead{};
         const int64_t passes = result_lanes ? grad_runs * ceil_div(channels * p.num_taps, kTileResults)

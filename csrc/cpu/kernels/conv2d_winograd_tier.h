@@ -177,19 +177,15 @@ void pack_vectors(const ConvSource& s, int64_t n, int64_t c, int lanes, int64_t 
   if (first > cols) first = cols;
   if (y < 0 || y >= s.height || last < first) last = first;
   for (int64_t j = 0; j < first; ++j) store(to + j * kStep, Vec<A>{});
+  const T* from = static_cast<const T*>(s.data) + n * s.stride.n + c * s.stride.c + y * s.stride.h + x * s.stride.w;
+  const T* relu = static_cast<const T*>(s.relu_output);
+  if (relu) relu += n * s.relu_stride.n + c * s.relu_stride.c + y * s.relu_stride.h + x * s.relu_stride.w;
   for (int64_t j = first; j < last; j += L) {
     const int count = int(last - j < L ? last - j : L);
-    Vec<A> pixels[L], relu[L];
-    read_vectors(
-        static_cast<const T*>(s.data) + n * s.stride.n + c * s.stride.c + y * s.stride.h + (x + j) * s.stride.w,
-        s.stride.c, s.stride.w, lanes, count, ahead * s.stride.h, pixels);
-    if (s.relu_output) {
-      const Strides4& stride = s.relu_stride;
-      read_vectors(
-          static_cast<const T*>(s.relu_output) + n * stride.n + c * stride.c + y * stride.h + (x + j) * stride.w,
-          stride.c, stride.w, lanes, count, ahead * stride.h, relu);
-      for (int i = 0; i < count; ++i) pixels[i] = relu[i] <= Vec<A>{} ? Vec<A>{} : pixels[i];
-    }
+    Vec<A> pixels[L];
+    read_masked_vectors(from + j * s.stride.w, s.stride.c, s.stride.w, relu ? relu + j * s.relu_stride.w : nullptr,
+                        s.relu_stride.c, s.relu_stride.w, lanes, count, ahead * s.stride.h, ahead * s.relu_stride.h,
+                        pixels);
     for (int i = 0; i < count; ++i) store(to + (j + i) * kStep, pixels[i]);
   }
   for (int64_t j = last; j < cols; ++j) store(to + j * kStep, Vec<A>{});

@@ -456,6 +456,19 @@ FASTNN_INLINE void read_vectors(const T* p, int64_t stride_c, int64_t stride_w, 
   }
 }
 
+// The same of a gradient; where the output of a ReLU at `relu`, unless that is null, is not positive, zero.
+template <class T>
+FASTNN_INLINE void read_masked_vectors(const T* p, int64_t stride_c, int64_t stride_w, const T* relu, int64_t relu_c,
+                                       int64_t relu_w, int lanes, int cols, int64_t ahead, int64_t relu_ahead,
+                                       Vec<Accumulator<T>>* out) {
+  using A = Accumulator<T>;
+  read_vectors(p, stride_c, stride_w, lanes, cols, ahead, out);
+  if (!relu) return;
+  Vec<A> outputs[kLanes<A>];
+  read_vectors(relu, relu_c, relu_w, lanes, cols, relu_ahead, outputs);
+  for (int i = 0; i < cols; ++i) out[i] = outputs[i] <= Vec<A>{} ? Vec<A>{} : out[i];
+}
+
 // `count` pixels, vectors of `lanes` channels that are `pitch` apart, in a result's layout: channels or columns are
 // neighbours. May read pixels past them, up to a vector's lanes.
 template <class T>
