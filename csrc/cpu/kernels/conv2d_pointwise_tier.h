@@ -425,14 +425,14 @@ void run_points_by_column(const PointConv& w, void* scratch, int64_t begin, int6
       }
       const int64_t tiles = (task.last - task.first) * ceil_div(count, kWidth);
       int64_t fetched = 0, done = 0;
-      for (int64_t block = task.first; block < task.last; ++block) {
-        const int64_t m = block * kRows;
-        b.rows = static_cast<const Element<P>*>(p.weight) + m * depth * kTermsOf<P>;
-        b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
-        for (int64_t i = 0; i < count; i += kWidth) {
-          b.panel = panels + i * depth;
+      for (int64_t i = 0; i < count; i += kWidth) {
+        b.panel = panels + i * depth;
+        b.lanes = int(least(kWidth, count - i));
+        for (int64_t block = task.first; block < task.last; ++block) {
+          const int64_t m = block * kRows;
+          b.rows = static_cast<const Element<P>*>(p.weight) + m * depth * kTermsOf<P>;
+          b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
           b.result = result + m * b.result_pitch + x + i;
-          b.lanes = int(least(kWidth, count - i));
           for (const int64_t stop = channels * ++done / tiles; fetched < stop; ++fetched) {
             const T* next = x + count < p.cols ? source + x + count : next_row;
             const char* at = reinterpret_cast<const char*>(next + fetched * p.source.stride.c);
