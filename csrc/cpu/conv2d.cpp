@@ -411,7 +411,8 @@ constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
 constexpr int64_t kWinogradOwnTiles = 128, kWinogradOwnBlocks = 2;  // of a problem whose blocks pack their own weights
 constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
 
-constexpr int64_t kWinogradGradProducts = 2016;  // of a block of the weight's gradient and channel, at most: see its header
+constexpr int64_t kWinogradGradProducts =
+    2016;  // of a block of the weight's gradient and channel, at most: see its header
 
 // Which of Winograd's convolutions may be used, see fastnn/backends.py.
 enum class Winograd { kOff, kDefault, kFast };
@@ -487,10 +488,9 @@ bool run_winograd(WinogradConv& w, DType dtype) {
   const int64_t runs = p.groups * w.group_runs, run_size = w.products() * w.run_product;
   const Scratch<char> packed(own_weights ? 0 : runs * run_size * element);
   if (!own_weights) {
-    torch::stable::parallel_for(0, runs, std::max<int64_t>(1, kWinogradGrain / run_size),
-                                [&](int64_t begin, int64_t end) {
-                                  of_side.pack_weight[dtype](w, packed.get(), begin, end);
-                                });
+    torch::stable::parallel_for(
+        0, runs, std::max<int64_t>(1, kWinogradGrain / run_size),
+        [&](int64_t begin, int64_t end) { of_side.pack_weight[dtype](w, packed.get(), begin, end); });
     w.packed = packed.get();
   }
   w.scratch = of_side.scratch[dtype](w);
@@ -515,7 +515,8 @@ bool plan_winograd(TapGrad& p, DType dtype, WinogradGrad& g) {
       p.groups * ceil_div(p.group_results, p.block_results) * ceil_div(p.group_channels, p.block_channels);
   // Whole rows of tiles, or an even part of one.
   const int64_t most = kWinogradGradProducts / w.products();
-  w.block_tiles = w.tile_cols < most ? most / w.tile_cols * w.tile_cols : ceil_div(w.tile_cols, ceil_div(w.tile_cols, most));
+  w.block_tiles =
+      w.tile_cols < most ? most / w.tile_cols * w.tile_cols : ceil_div(w.tile_cols, ceil_div(w.tile_cols, most));
   p.slices = count_slices(p, g.blocks(), accumulator_size(dtype));
   return true;
 }
@@ -554,8 +555,8 @@ bool plan_pointwise(const TapConv& p, DType dtype, PointConv& w) {
   const int64_t results = ceil_div(p.group_results, panel / 2) * (panel / 2);
   if (p.num_taps > 1 && p.group_results * s.pitch < results * p.cols) return false;
   // Of NCHW, pixels and results are transposed, which takes enough products to be worth it.
-  const int64_t transposed = (pixels ? 0 : s.step_h * s.step_w * p.group_channels) +
-                             (p.result.stride.c == 1 ? 0 : p.group_results);
+  const int64_t transposed =
+      (pixels ? 0 : s.step_h * s.step_w * p.group_channels) + (p.result.stride.c == 1 ? 0 : p.group_results);
   return w.by_column || p.num_taps == 1 ||
          p.group_channels * p.group_results * p.num_taps >= kPointTransposed * transposed;
 }

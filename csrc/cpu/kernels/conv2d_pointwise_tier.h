@@ -177,7 +177,8 @@ void pack_vectors(const PointConv& w, const T* weight, const int64_t* strides, i
         const int64_t count = least(L, p.group_channels - c);
         Vec<A> terms[L];
         read_vectors(weight + p.taps[tap].weight + c * strides[2], strides[1], strides[2], lanes, int(count), 0, terms);
-        for (int64_t i = 0; i < count; i += kTerms, packed += width) store_lanes(packed, operand_of<P>(terms + i), stored);
+        for (int64_t i = 0; i < count; i += kTerms, packed += width)
+          store_lanes(packed, operand_of<P>(terms + i), stored);
       }
   }
 }
@@ -347,9 +348,10 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
             b.partial = partial;
             // The pass's own part of the weights follows, and is fetched in as many steps as this one takes.
             const int64_t runs = least(pass_runs, w.window_h - run), pass = runs * operands<P>(b.terms);
-            const char* const next = reinterpret_cast<const char*>(
-                weight + (run * operands<P>(terms) + term / kTermsOf<P> + pass) * kWidth);
-            const int64_t fetch = panel > task.first || !in_place ? ceil_div(kWidth * sizeof(P), rows * ceil_div(count, tile)) : 0;
+            const char* const next =
+                reinterpret_cast<const char*>(weight + (run * operands<P>(terms) + term / kTermsOf<P> + pass) * kWidth);
+            const int64_t fetch =
+                panel > task.first || !in_place ? ceil_div(kWidth * sizeof(P), rows * ceil_div(count, tile)) : 0;
             for (int64_t row = 0; row < rows; ++row) {
               // Runs in the padding above and below add nothing.
               const int64_t source_y = y + row * s.step_h;

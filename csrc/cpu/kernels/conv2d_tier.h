@@ -597,7 +597,8 @@ bool pack_position_pairs(const ConvSource& s, const Planes& p, const Block& bloc
     constexpr int L = kLanes<P>;
     const bool by_channel = channels_contiguous(s);
     if (taps > 1 || p.step_h * p.step_w > 1 || p.origin_h || p.origin_w || s.width < cols ||
-        s.height < block.row + block.rows || !(by_channel || (s.stride.w == 1 && (!s.relu_output || s.relu_stride.w == 1))))
+        s.height < block.row + block.rows ||
+        !(by_channel || (s.stride.w == 1 && (!s.relu_output || s.relu_stride.w == 1))))
       return false;
     for (int64_t image = 0; image < block.images; ++image)
       for (int64_t i = 0; i < block.rows; ++i) {

@@ -6,7 +6,8 @@
 namespace fastnn::cpu {
 
 // Products are transformed tiles: 2 x 2 results out of 4 x 4 of the source, or 4 x 4 out of 6 x 6 (one pooling window,
-// or four, where the result is pooled). Tiles are counted along a row of tiles, then down an image, then over the batch.
+// or four, where the result is pooled). Tiles are counted along a row of tiles, then down an image, then over the
+// batch.
 struct WinogradConv {
   TapConv conv;                  // its planes give the geometry only, its weight is as given, [group][m][c][tap]
   int64_t weight_strides[3];     // of group, m and c, elements
@@ -26,8 +27,7 @@ struct WinogradConv {
   int64_t tasks() const { return (tiles() + block_tiles - 1) / block_tiles * conv.groups * splits(); }
 };
 
-// Result and source channels of a task of the weight's gradient: their sums take a quarter of an L2 cache (float64:
-// half).
+// Result and source channels of a task of the weight's gradient: of tiles of 2 x 2, their sums take 256 KB.
 constexpr int64_t kWinogradGradResults = 64, kWinogradGradChannels = 64;
 
 // The gradient of the weight, out of the same tiles of the source and 2 x 2 tiles of the result's gradient.

@@ -1,27 +1,27 @@
-// Winograd's F(2x2, 3x3): out = A^T [(G g G^T) * (B^T d B)] A, summed over the source channels between the brackets. A
-// tile of 2 x 2 results takes 16 multiplications a channel pair instead of 36.
+// Winograd's F(R x R, 3x3): out = A^T [(G g G^T) * (B^T d B)] A, summed over the source channels between the brackets. A
+// tile of 2 x 2 results takes 16 multiplications a channel pair instead of 36, one of 4 x 4 takes 36 instead of 144.
 //
 // Per task = (block of tiles, group of channels, some of its result channels):
-//   1. input   four source rows at a time are packed as vectors of channels (here end the source's layout, its padding
-//              and its ReLU mask), and every tile's B^T d B is written to products[16][tile][channel].
-//   2. GEMMs   sixteen of them, tiles x source channels x result channels: kGemmTiles tiles x kGemmVectors vectors of
-//              result channels stay in registers over all source channels. Each step loads kGemmVectors vectors of
+//   1. input   the source rows of a row of tiles are packed as vectors of channels (here end the source's layout, its
+//              padding and its ReLU mask), and every tile's B^T d B is written to products[product][tile][channel].
+//   2. GEMMs   one for each product, tiles x source channels x result channels: kGemmTiles tiles x kGemmVectors vectors
+//              of result channels stay in registers over all source channels. Each step loads kGemmVectors vectors of
 //              weights and broadcasts kGemmTiles elements for their product in FMAs: 8/12 on AVX2, 10/16 on AVX-512.
 //   3. output  A^T m A, the bias, ReLU and the max-pool of the tile, in registers; rows of results leave through a
 //              line that stays in the L1 cache, which is transposed where the result is not channels_last.
 // A tile's sums are the same wherever blocks are cut.
 //
-// Blocking: the transformed tiles of a block (64 bytes a tile and channel in float32) stay in the L2 cache while every
-// result channel's weights pass by, 64 bytes a pair of channels: weights are read from the outer caches once a block.
+// Blocking: the transformed tiles of a block (64 or 144 bytes a tile and channel in float32) stay in the L2 cache while
+// every result channel's weights pass by, as many bytes a pair of channels: weights are read from the outer caches once
+// a block. Where there are few blocks, each packs a run's weights as it comes to it, and they never leave the cache.
 //
-// The gradient of the weight is G^T [sum over tiles of (A dy A^T) * (B^T d B)] G: sixteen GEMMs that reduce over tiles.
-// A task takes a block of result and source channels, whose 16 sums a pair of channels stay in the L2 cache while
-// blocks of transformed tiles pass by, and turns them into 9 at its end: the transforms are linear, so slices of tiles
-// add up.
+// The gradient of the weight is G^T [sum over tiles of (A dy A^T) * (B^T d B)] G: GEMMs that reduce over tiles. A task
+// takes a block of result and source channels, whose sums stay in the L2 cache while blocks of transformed tiles pass
+// by, and turns them into 9 at its end: the transforms are linear, so slices of tiles add up.
 //
 // Operations a tile of 2 x 2 results: 2 * 16 * C * M in the GEMMs, against 2 * 36 * C * M of the direct sum; 24 * C
-// additions for the input (neighbours share columns), 24 * M for the output. The transforms write and read 64 bytes of
-// cache a tile and channel on either side.
+// additions for the input (neighbours share columns), 24 * M for the output. Of 4 x 4: 2 * 36 * C * M, against 2 * 144;
+// 180 * C and 170 * M. The transforms write and read a tile's products in the cache on either side.
 
 #if FASTNN_VECTOR_BYTES == 64
 constexpr int kGemmTiles = 8, kGradResults = 8;
@@ -278,8 +278,8 @@ void read_taps(const TapConv& p, const T* weight, const int64_t* strides, int la
     for (int c = 0; c < channels; ++c, weight += strides[2]) {
       Vec<Accumulator<T>> pair[kPadded];
       for (int i = 0; i <= last - first; i += L)
-        read_vectors(weight + first + i, strides[1], 1, lanes, int(least(L, last - first + 1 - i)),
-                     4 * strides[2], pair + i);
+        read_vectors(weight + first + i, strides[1], 1, lanes, int(least(L, last - first + 1 - i)), 4 * strides[2],
+                     pair + i);
       for (int64_t t = 0; t < 9; ++t)
         taps[(p.taps[t].row * 3 + p.taps[t].col) * L + c] = pair[p.taps[t].weight - first];
     }
@@ -467,8 +467,7 @@ Vec<Accumulator<T>> transform_output(const WinogradConv& w, int64_t m, int lanes
       if (!result.pool_code) continue;
       uint8_t* code = result.pool_code + run.n * code_to.n + m * code_to.c + y * code_to.h + x * code_to.w;
       for (int64_t k = 0; k < cols; ++k)
-        for (int64_t j = 0; j < lanes; ++j)
-          code[k * code_to.w + j * code_to.c] = codes[i * code_pitch + k * L + j];
+        for (int64_t j = 0; j < lanes; ++j) code[k * code_to.w + j * code_to.c] = codes[i * code_pitch + k * L + j];
     }
   }
   return check;
@@ -505,7 +504,7 @@ bool run_winograd(const WinogradConv& w, void* scratch_, int64_t begin, int64_t 
                      sums + k * s.sum);
       for (int64_t i = 0; i < count; i += L)
         check += transform_output<T, R>(w, group * p.group_results + m + i, int(least(L, count - i)), first, last,
-                                       sums + i, count > L ? kWidth : L, s, scratch);
+                                        sums + i, count > L ? kWidth : L, s, scratch);
     }
     if (sum_lanes(check) != 0) return false;
   }
@@ -564,8 +563,7 @@ void transform_grad(const WinogradGrad& g, int64_t m0, int64_t results, int64_t 
           pack_vectors<T>(g.grad.grad, run.n, m0 + v, int(results - v < L ? results - v : L), R * run.row + i,
                           R * run.col, R * count, R, at[i]);
         }
-        bias[v / L] +=
-            grad_products<R, Accumulator<T>>(at, count, grads + (tile - begin) * pitch + v, pitch, product);
+        bias[v / L] += grad_products<R, Accumulator<T>>(at, count, grads + (tile - begin) * pitch + v, pitch, product);
       }
     }
 }
@@ -712,9 +710,8 @@ int64_t winograd_grad_scratch(const WinogradGrad& g) {
   return WinogradGradScratch<A, R>(g, WinogradScratch<A, R>(g.source)).end * int64_t(sizeof(A));
 }
 
-#define FASTNN_ALL_DTYPES(function, R) \
-  {function<double, R>, function<float, R>, function<bf16, R>, function<f16, R>}
-#define FASTNN_TILE_KERNELS(R)                                                                                \
+#define FASTNN_ALL_DTYPES(function, R) {function<double, R>, function<float, R>, function<bf16, R>, function<f16, R>}
+#define FASTNN_TILE_KERNELS(R)                                                                                  \
   {FASTNN_ALL_DTYPES(pack_runs, R), FASTNN_ALL_DTYPES(winograd_scratch, R), FASTNN_ALL_DTYPES(run_winograd, R), \
    FASTNN_ALL_DTYPES(winograd_grad_scratch, R), FASTNN_ALL_DTYPES(run_winograd_grad, R)}
 const WinogradKernels kWinogradKernels = {
