@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import fastnn
 from benchmarks import conv2d, cross_entropy, machine, max_pool2d, optim, overhead, relu, report, train
 from benchmarks.harness import Row, Settings, measure
 
@@ -44,6 +45,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rows, fewer rounds: two minutes")
     parser.add_argument("--compile", action="store_true", help="torch.compile as a baseline of every row, not only of "
                         "train and conv+relu+pool (tens of seconds a row)")  # fmt: skip
+    parser.add_argument("--winograd", choices=["off", "default", "fast"], default="default",
+                        help="fastnn.backends.cpu.winograd, of every row")  # fmt: skip
     parser.add_argument("--thp", action="store_true", help=f"measure everything again under {THP}=1 and show both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write ratios.png and roofline.png into DIR")
@@ -78,6 +81,7 @@ def under_thp(options: argparse.Namespace, rows: Sequence[Row]) -> None:
         command += [word for suite in options.suite for word in ("--suite", suite)]
         command += [word for dtype in options.dtype for word in ("--dtype", dtype)]
         command += ["--threads", str(torch.get_num_threads())]
+        command += ["--winograd", options.winograd]
         command += ["--quick"] * options.quick + ["--compile"] * options.compile
         print(f"\nThe same again under {THP}=1:", flush=True)
         subprocess.run(command, env={**os.environ, THP: "1"}, cwd=machine.ROOT, check=False)
@@ -97,12 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         torch.manual_seed(0)
+        fastnn.backends.cpu.winograd = options.winograd
         settings = Settings(options.device, quick=options.quick, compile_all=options.compile)
         if settings.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # native at its best: cuDNN tries its algorithms for every shape
         dtypes = [DTYPES[name] for name in options.dtype]
         run = machine.facts(options.device)
-        run["settings"] = {name: getattr(options, name) for name in ("suite", "dtype", "quick", "compile", "thp")}
+        stated = ("suite", "dtype", "quick", "compile", "winograd", "thp")
+        run["settings"] = {name: getattr(options, name) for name in stated}
         run["peaks"] = machine.peaks(dtypes, options.device)
         print(report.where(run))
         load, cores = run["machine"]["load_before"], run["machine"]["cores"]
