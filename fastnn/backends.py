@@ -1,6 +1,6 @@
 """Settings of the kernels, as :mod:`torch.backends` has torch's: ``fastnn.backends.cpu``."""
 
-from fastnn import _C
+from fastnn.dispatch import _C
 
 _WINOGRAD = ("off", "default", "fast")  # csrc/cpu/conv2d.cpp has them in this order
 
