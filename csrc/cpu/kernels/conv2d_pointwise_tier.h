@@ -1,15 +1,16 @@
-// Convolution as a product of a matrix of pixels and the weight's, one group: windows of neighbouring pixels in
-// channels_last memory, and 1 x 1 without padding in NCHW too; forward and (with the weight's two dimensions swapped)
-// for the gradient of the input.
+// Convolution as a product of a matrix of pixels and the weight's, one group: windows of neighbouring pixels, forward
+// and (with the weight's two dimensions swapped) for the gradient of the input.
 //
 // Tiles: kRows rows x 2 vectors stay in registers over a whole window. A step broadcasts an operand of each row, one
 // term of the sum or a pair, and loads two vectors of a panel, packed [operand][two vectors]: (kRows + 2) loads every
 // 2 * kRows FMAs.
-// channels_last: rows are pixels, of which a window reads a run of neighbouring elements for each of its rows; vectors
-// are results, and panels the weight's, packed once a call. A block of pixels stays in the L2 cache over the panels.
-// They are read where they lie, or, with the padding around them, from a copy of the block. NCHW: rows are results, of
-// a weight packed once a call in the order they are read; vectors are pixels, and panels a block of pixels', packed by
-// each task into the L2 cache.
+// By channel: rows are pixels, of which a window reads a run of neighbouring elements for each of its rows; vectors are
+// results, and panels the weight's, packed once a call. A block of pixels stays in the L2 cache over the panels. In
+// channels_last they are read where they lie, or, with the padding around them, from a copy of the block, as pixels of
+// NCHW are; results of NCHW stay in scratch until a panel is done, and leave transposed.
+// By column (1 x 1 of NCHW, without padding): rows are results, of a weight packed once a call in the order they are
+// read; vectors are pixels, and panels a block of pixels', packed by each task into the L2 cache. One panel at a time
+// is in the L1 cache, and all of the weight passes by.
 // Memory: what comes next is fetched while this is computed, as neither order is one the hardware foresees.
 //
 // Operations: 2 * pixels * window * channels * results; bytes: each tensor once, the weight once a block of pixels.
@@ -330,6 +331,8 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
       const int64_t source_x = x * s.step_w - s.origin_w;
       // Cut evenly: a tile of few rows has too few sums to hide an FMA's latency.
       const int64_t tile = ceil_div(count, ceil_div(count, kRows));
+      T* const result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n +
+                        task.first_row * p.result.stride.h + x * p.result.stride.w;
       b.run_pitch = in_place ? p.source.stride.h : cols * channels;
       const E* pixels = copied;
       if (in_place)
@@ -346,12 +349,15 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
           for (int64_t term = 0; term < terms; term += pass_terms) {
             b.terms = least(pass_terms, terms - term);
             b.partial = partial;
-            // The pass's own part of the weights follows, and is fetched in as many steps as this one takes.
             const int64_t runs = least(pass_runs, w.window_h - run), pass = runs * operands<P>(b.terms);
+            const int64_t run_operands = operands<P>(terms), term_operand = term / kTermsOf<P>;
+            // In as many steps as this pass takes, the next one's part of the weights is fetched; while pixels are read
+            // where they lie for the first time, the next tile's.
+            const bool fetch_pixels = in_place && panel == task.first;
             const char* const next =
-                reinterpret_cast<const char*>(weight + (run * operands<P>(terms) + term / kTermsOf<P> + pass) * kWidth);
-            const int64_t fetch =
-                panel > task.first || !in_place ? ceil_div(kWidth * sizeof(P), rows * ceil_div(count, tile)) : 0;
+                reinterpret_cast<const char*>(weight + (run * run_operands + term_operand + pass) * kWidth);
+            b.ahead_step =
+                fetch_pixels ? kRows * int64_t(sizeof(P)) : ceil_div(kWidth * sizeof(P), rows * ceil_div(count, tile));
             for (int64_t row = 0; row < rows; ++row) {
               // Runs in the padding above and below add nothing.
               const int64_t source_y = y + row * s.step_h;
@@ -360,19 +366,13 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
               const int64_t first_run = most(run, top), last_run = least(run + runs, bottom);
               b.runs = last_run - first_run;
               b.first = first_run == top && term == 0, b.last = last_run == bottom && term + b.terms == terms;
-              b.panel = weight + (first_run * operands<P>(terms) + term / kTermsOf<P>)*kWidth;
+              b.panel = weight + (first_run * run_operands + term_operand) * kWidth;
               for (int64_t i = 0; i < count; i += tile, b.partial += tile * kWidth) {
                 if (b.runs <= 0) continue;
                 b.rows = pixels + (row * s.step_h + first_run) * b.run_pitch + i * b.row_pitch + term;
-                b.result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n +
-                           (task.first_row + row) * p.result.stride.h + (x + i) * b.result_pitch + m;
-                if (!direct) b.result = nullptr;
-                if (fetch) {
-                  b.ahead = next + (row * count + i) / tile * pass * fetch, b.ahead_step = fetch;
-                } else {
-                  b.ahead = reinterpret_cast<const char*>(b.rows + tile * b.row_pitch);
-                  b.ahead_step = kRows * int64_t(sizeof(P));
-                }
+                b.result = direct ? result + row * p.result.stride.h + i * b.result_pitch + m : nullptr;
+                b.ahead = fetch_pixels ? reinterpret_cast<const char*>(b.rows + tile * b.row_pitch)
+                                       : next + (row * count + i) / tile * pass * b.ahead_step;
                 multiply_rows_of<T, true, kRows>(least(tile, count - i), b);
               }
             }
@@ -381,9 +381,8 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
           for (int64_t v = 0; v < b.lanes; v += kLanes<A>)
             write_vectors<T>(partial + row * ceil_div(count, tile) * tile * kWidth + v, kWidth, count,
                              int(least(kLanes<A>, b.lanes - v)),
-                             static_cast<T*>(p.result.data) + task.n * p.result.stride.n + (m + v) * p.result.stride.c +
-                                 (task.first_row + row) * p.result.stride.h + x * p.result.stride.w,
-                             p.result.stride.c, p.result.stride.w);
+                             result + (m + v) * p.result.stride.c + row * p.result.stride.h, p.result.stride.c,
+                             p.result.stride.w);
       }
     }
   }
