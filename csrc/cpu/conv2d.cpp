@@ -549,16 +549,10 @@ bool plan_pointwise(const TapConv& p, DType dtype, PointConv& w) {
   if (p.groups > 1 || p.result.pool_code || w.window_h * w.window_w != p.num_taps || !(pixels || columns) ||
       !(p.result.stride.c == 1 || p.result.stride.w == 1))
     return false;
-  // Vectors of results are partly empty here, vectors of a plane's positions where there is padding between its rows;
-  // but rows in the padding above and below are left out here.
+  // Vectors of results are partly empty here, vectors of a plane's positions where there is padding between its rows.
   const int64_t element = accumulator_size(dtype), panel = pointwise_kernels().panel[element == 4];
   const int64_t results = ceil_div(p.group_results, panel / 2) * (panel / 2);
-  int64_t inside = 0;
-  for (int64_t row = 0; row < p.rows; ++row) {
-    const int64_t y = row * s.step_h - s.origin_h;
-    inside += std::max<int64_t>(0, std::min(w.window_h, p.source.height - y) - std::max<int64_t>(0, -y));
-  }
-  if (p.num_taps > 1 && p.group_results * s.pitch * p.rows * w.window_h < results * p.cols * inside) return false;
+  if (p.num_taps > 1 && p.group_results * s.pitch < results * p.cols) return false;
   // Of NCHW, pixels and results are transposed, which takes enough products to be worth it.
   const int64_t transposed =
       (pixels ? 0 : s.step_h * s.step_w * p.group_channels) + (p.result.stride.c == 1 ? 0 : p.group_results);
