@@ -407,7 +407,7 @@ void run_depthwise(const TapGrad& p, DepthwiseGrad& d, DType dtype) {
 // Winograd's convolution wins where there are channels to sum over, and results to share the weight's transform. A
 // block's transformed tiles take half of an L2 cache, but are so many that the weight is not read too often.
 constexpr int64_t kWinogradChannels = 16, kWinogradPairChannels = 64, kWinogradResults = 128;
-constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 64;
+constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 32;
 constexpr int64_t kWinogradOwnTiles = 128, kWinogradOwnBlocks = 2;  // of a problem whose blocks pack their own weights
 constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
 
