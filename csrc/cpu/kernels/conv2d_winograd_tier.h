@@ -1,5 +1,5 @@
-// Winograd's F(R x R, 3x3): out = A^T [(G g G^T) * (B^T d B)] A, summed over the source channels between the brackets. A
-// tile of 2 x 2 results takes 16 multiplications a channel pair instead of 36, one of 4 x 4 takes 36 instead of 144.
+// Winograd's F(R x R, 3x3): out = A^T [(G g G^T) * (B^T d B)] A, summed over the source channels between the brackets.
+// A tile of 2 x 2 results takes 16 multiplications a channel pair instead of 36, one of 4 x 4 takes 36 instead of 144.
 //
 // Per task = (block of tiles, group of channels, some of its result channels):
 //   1. input   the source rows of a row of tiles are packed as vectors of channels (here end the source's layout, its
