@@ -14,9 +14,9 @@ class CpuSettings:
     def winograd(self) -> str:
         """Which of Winograd's convolutions serve 3x3 windows that move by one; ``'default'`` unless set.
 
-        ``'default'``: F(2x2, 3x3); of bfloat16 and float16, whose sums are float32, F(4x4, 3x3) for results and
-        gradients of the input. ``'fast'``: F(4x4, 3x3) of float32 and float64 too, with some six times the rounding
-        errors, see docs/kernels.md. ``'off'``: none, so that every sum is of its own terms alone.
+        ``'default'``: F(2x2, 3x3), in every dtype. ``'fast'``: F(4x4, 3x3) where it is faster, with two to three times
+        native PyTorch's rounding errors in float32, see docs/kernels.md. ``'off'``: none, so that every sum is of its
+        own terms alone.
 
         Raises:
             ValueError: set to anything else.

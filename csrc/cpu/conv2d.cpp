@@ -448,7 +448,15 @@ bool pairs_take_less(const WinogradConv& w, DType dtype) {
   return conv_kernels().terms[dtype] > 1 && 2 * w.products() * w.tiles() > 9 * p.batch * p.rows * p.cols;
 }
 
-// False where it is not for this problem: windows of 3 x 3 that move by one, pooled by tiles if at all, and many.
+// Whether it is for a problem: windows of 3 x 3 that move by one, and many.
+bool is_winograd(const WinogradConv& w, DType dtype) {
+  const TapConv& p = w.conv;
+  return winograd_setting != Winograd::kOff && is_window(p.planes, p.num_taps) &&
+         std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.results() >= kWinogradResults &&
+         !pairs_take_less(w, dtype);
+}
+
+// False where it is not for this problem, which may be pooled by tiles.
 bool plan_winograd(const TapConv& p, DType dtype, const void* weight, const std::array<int64_t, 3>& strides,
                    WinogradConv& w) {
   const PoolShape& pool = p.result.pool;
@@ -456,13 +464,9 @@ bool plan_winograd(const TapConv& p, DType dtype, const void* weight, const std:
       !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
   w = winograd_conv(p, tile_side(p));
   w.conv.weight = weight, std::copy(strides.begin(), strides.end(), w.weight_strides);
-  const int64_t channels = std::min(p.group_channels, p.group_results);
-  if (winograd_setting == Winograd::kOff || !is_window(p.planes, p.num_taps) || !by_tiles ||
-      !(p.result.stride.c == 1 || p.result.stride.w == 1) || channels < kWinogradChannels ||
-      w.results() < kWinogradResults)
-    return false;
   const bool pairs = conv_kernels().terms[dtype] > 1 && w.side == 2 && !p.result.pool_code;
-  return !(pairs && channels < kWinogradPairChannels) && !pairs_take_less(w, dtype);
+  return is_winograd(w, dtype) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
+         !(pairs && std::min(p.group_channels, p.group_results) < kWinogradPairChannels);
 }
 
 // False where a result was not finite: then none may be used.
@@ -499,13 +503,12 @@ bool run_winograd(WinogradConv& w, DType dtype) {
 // False where it is not for this problem.
 bool plan_winograd(TapGrad& p, DType dtype, WinogradGrad& g) {
   TapConv conv{};
-  conv.source = p.source, conv.planes = p.planes, conv.batch = p.batch, conv.rows = p.rows, conv.cols = p.cols;
+  conv.source = p.source, conv.planes = p.planes, conv.num_taps = p.num_taps;
+  conv.batch = p.batch, conv.rows = p.rows, conv.cols = p.cols;
+  conv.group_channels = p.group_channels, conv.group_results = p.group_results;
   WinogradConv& w = g.source;
   w = winograd_conv(conv, tile_side(conv));
-  if (winograd_setting == Winograd::kOff || !is_window(p.planes, p.num_taps) ||
-      std::min(p.group_channels, p.group_results) < kWinogradChannels || w.results() < kWinogradResults ||
-      pairs_take_less(w, dtype))
-    return false;
+  if (!is_winograd(w, dtype)) return false;
   p.form = GradForm::position_lanes;
   p.block_groups = 1;
   p.block_results = std::min(p.group_results, kWinogradGradResults);
@@ -579,6 +582,7 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
   p.image_blocks = p.batch, p.row_blocks = ceil_div(p.rows, w.block_rows);
   p.channel_blocks = std::min(blocks, ceil_div(2 * threads, p.batch * p.row_blocks));
   const int64_t rows = (w.block_rows - 1) * s.step_h + w.window_h, cols = (w.block_cols - 1) * s.step_w + w.window_w;
+  // Behind copied pixels, what their transposes may write past them.
   w.scratch = (by_channel ? rows * cols + 8 : ceil_div(w.block_cols, panel) * panel) * p.group_channels * element;
   // Sums of a panel, and as many as a vector has lanes.
   if (by_channel) w.scratch += (w.block_rows * ceil_div(w.block_cols, tile) * tile + panel / 2) * panel * element;

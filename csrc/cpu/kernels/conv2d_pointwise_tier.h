@@ -148,7 +148,7 @@ FASTNN_INLINE Vec<P> operand_of(const Vec<Accumulator<P>>* terms) {
 // Vectors of operands packed as [run][operand][width], of results whose weights begin at `weight`; those past `lanes`
 // are zero. The channels are whole operands.
 template <class T>
-void pack_vectors(const PointConv& w, const T* weight, const int64_t* strides, int lanes, int64_t width, int64_t stored,
+void pack_results(const PointConv& w, const T* weight, const int64_t* strides, int lanes, int64_t width, int64_t stored,
                   Operand<T>* packed) {
   using A = Accumulator<T>;
   using P = Operand<T>;
@@ -199,7 +199,7 @@ void pack_points_weight(const PointConv& w, int64_t width, const void* weight_, 
     E* packed = static_cast<E*>(packed_) + block * w.window_h * depth * width * kTerms;
     if (channels % kTerms == 0) {
       for (int64_t k = 0; k < width; k += L)
-        pack_vectors(w, weight + (block * width + k) * strides[1], strides,
+        pack_results(w, weight + (block * width + k) * strides[1], strides,
                      int(most(0, least(L, p.group_results - block * width - k))), width, least(L, width - k),
                      reinterpret_cast<P*>(packed) + k);
       continue;

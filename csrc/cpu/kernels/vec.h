@@ -440,12 +440,11 @@ FASTNN_INLINE void read_vectors(const T* p, int64_t stride_c, int64_t stride_w, 
   if (stride_c == 1) {
     for (int j = 0; j < cols; ++j) {
       __builtin_prefetch(p + j * stride_w + ahead);
-      out[j] = lanes == L ? load(p + j * stride_w) : load_n(p + j * stride_w, lanes);
+      out[j] = load_lanes(p + j * stride_w, lanes);
     }
   } else if (stride_w == 1) {
     for (int i = 0; i < lanes; ++i) __builtin_prefetch(p + i * stride_c + ahead);
-    for (int i = 0; i < L; ++i)
-      out[i] = i >= lanes ? Vec<A>{} : cols == L ? load(p + i * stride_c) : load_n(p + i * stride_c, cols);
+    for (int i = 0; i < L; ++i) out[i] = i < lanes ? load_lanes(p + i * stride_c, cols) : Vec<A>{};
     transpose<A>(out);
   } else {
     for (int j = 0; j < cols; ++j) {
