@@ -52,6 +52,14 @@ Cut cut_rows(int64_t rows, int64_t block, const PoolShape& pool) {
   return {each * unit + overlap, ceil_div(windows, each)};
 }
 
+void set_pitch(Planes& p, int64_t source_w, int64_t cols) {
+  p.pitch = cols + p.halo_w;
+  // The zeros right of a row may be those left of the next one.
+  if (p.step_w == 1)
+    p.pitch = std::max(std::max(p.origin_w, int64_t(0)) + source_w, p.pitch - std::max(p.origin_w, int64_t(0)));
+  p.pitch = std::max(p.pitch, cols);
+}
+
 // Finds the phases that the taps read, replaces their (row, col) by offsets inside them, and sets the pitch.
 void plan_planes(Planes& p, std::vector<Tap>& taps, int64_t source_w, int64_t cols) {
   p.phases = p.halo_h = p.halo_w = 0;
@@ -63,11 +71,7 @@ void plan_planes(Planes& p, std::vector<Tap>& taps, int64_t source_w, int64_t co
     tap.row /= p.step_h, tap.col /= p.step_w;
     p.halo_h = std::max(p.halo_h, tap.row), p.halo_w = std::max(p.halo_w, tap.col);
   }
-  p.pitch = cols + p.halo_w;
-  // The zeros right of a row may be those left of the next one.
-  if (p.step_w == 1)
-    p.pitch = std::max(std::max(p.origin_w, int64_t(0)) + source_w, p.pitch - std::max(p.origin_w, int64_t(0)));
-  p.pitch = std::max(p.pitch, cols);
+  set_pitch(p, source_w, cols);
 }
 
 void set_block(Planes& p, int64_t rows, int64_t images, int64_t lanes) {
@@ -130,7 +134,7 @@ void plan(TapConv& p, int64_t depth, int64_t element, int64_t lanes, int64_t til
   // An operand's part of a tile: some three cache lines for every plane row that the taps read.
   p.block_depth = std::max<int64_t>(8, kDepthBytes / ((p.planes.halo_h + 1) * p.planes.phases * 192));
   const int64_t positions = images * (cut.block + p.planes.halo_h) * p.planes.pitch + 2 * lanes;
-  p.scratch = (p.num_taps + 8) * 8 + (p.block_groups * depth * p.planes.plane + p.panel * positions) * element;
+  p.scratch = (p.most_taps() + 8) * 24 + (p.block_groups * depth * p.planes.plane + p.panel * positions) * element;
 }
 
 int64_t count_slices(const TapGrad& p, int64_t blocks, int64_t element) {
@@ -575,17 +579,20 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
   const int64_t pixel = s.step_h * s.step_w * p.group_channels * element;
   const int64_t bytes = p.result.stride.c == 1 || w.by_column ? pixel : std::max(pixel, panel * element);
   const int64_t fit = std::max(tile, kPointBytes / bytes / tile * tile);
-  w.block_cols = std::min(fit, p.cols);
+  w.block_cols = by_channel ? std::min(fit, p.cols) : p.cols;
   w.block_rows = p.num_taps == 1 ? 1 : std::max<int64_t>(1, fit / p.cols);
   while (w.block_rows > w.window_h && p.batch * ceil_div(p.rows, w.block_rows) < 4 * threads)
     w.block_rows = ceil_div(w.block_rows, 2);
   p.image_blocks = p.batch, p.row_blocks = ceil_div(p.rows, w.block_rows);
   p.channel_blocks = std::min(blocks, ceil_div(2 * threads, p.batch * p.row_blocks));
   const int64_t rows = (w.block_rows - 1) * s.step_h + w.window_h, cols = (w.block_cols - 1) * s.step_w + w.window_w;
-  // Behind copied pixels, what their transposes may write past them.
-  w.scratch = (by_channel ? rows * cols + 8 : ceil_div(w.block_cols, panel) * panel) * p.group_channels * element;
-  // Sums of a panel, and as many as a vector has lanes.
-  if (by_channel) w.scratch += (w.block_rows * ceil_div(w.block_cols, tile) * tile + panel / 2) * panel * element;
+  // Behind copied pixels, what their transposes may write past them; sums of a panel, and as many as a vector has lanes.
+  if (by_channel)
+    w.scratch = ((rows * cols + 8) * p.group_channels +
+                 (w.block_rows * ceil_div(w.block_cols, tile) * tile + panel / 2) * panel) *
+                element;
+  else
+    w.scratch = (p.group_channels + blocks * width) * panel * element;
   const int64_t depth = p.group_channels * p.num_taps;
   const Scratch<char> packed(blocks * width * depth * element);
   torch::stable::parallel_for(0, blocks, ceil_div(4096, width * depth), [&](int64_t begin, int64_t end) {
@@ -595,24 +602,65 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
   run_tasks(w, kernels.run[dtype]);
 }
 
-// Packs the weight (strides: of group, result channel, reduced channel) and runs the problem.
-void run_conv(TapConv& p, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
+// Runs problems that differ in taps, positions and result alone, the first of which has the most rows: planes that have
+// the padding of all of them are packed once.
+void run_planes(std::vector<TapConv>& phases, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
   const ConvKernels& kernels = conv_kernels();
   const int64_t element = accumulator_size(dtype);
-  WinogradConv winograd;
-  if (plan_winograd(p, dtype, weight.data_ptr(), strides, winograd) && run_winograd(winograd, dtype)) return;
-  PointConv points;
-  if (plan_pointwise(p, dtype, points)) return run_pointwise(points, dtype, weight, strides);
-  const int64_t depth = ceil_div(p.group_channels, kernels.terms[dtype]);
+  TapConv& p = phases.front();
+  Planes planes = p.planes;
+  int64_t cols = 0, num_taps = 0;
+  for (const TapConv& phase : phases) {
+    planes.origin_h = std::max(planes.origin_h, phase.planes.origin_h);
+    planes.origin_w = std::max(planes.origin_w, phase.planes.origin_w);
+    cols = std::max(cols, phase.cols), num_taps += phase.num_taps;
+  }
+  std::vector<std::vector<Tap>> taps;
+  for (TapConv& phase : phases) {
+    taps.emplace_back(phase.taps, phase.taps + phase.num_taps);
+    for (Tap& tap : taps.back()) {
+      tap.row += planes.origin_h - phase.planes.origin_h, tap.col += planes.origin_w - phase.planes.origin_w;
+      planes.halo_h = std::max(planes.halo_h, tap.row), planes.halo_w = std::max(planes.halo_w, tap.col);
+    }
+    phase.taps = taps.back().data();
+    phase.next = &phase == &phases.back() ? nullptr : &phase + 1;
+  }
+  set_pitch(planes, p.source.width, cols);
+  p.planes = planes;
+  const int64_t depth = ceil_div(p.group_channels, kernels.terms[dtype]), size = p.groups * p.group_results * depth;
   plan(p, depth, element, kernels.lanes[element == 4], kernels.tile_results);
-  const Scratch<char> packed(p.groups * p.group_results * depth * p.num_taps * element);
+  const Scratch<char> packed(size * num_taps * element);
   const int64_t blocks = p.groups * ceil_div(p.group_results, kernels.tile_results);
-  torch::stable::parallel_for(
-      0, blocks, std::max<int64_t>(1, 4096 / (p.group_channels * p.num_taps)), [&](int64_t begin, int64_t end) {
-        kernels.pack_weight[dtype](p, weight.data_ptr(), strides.data(), packed.get(), begin, end);
-      });
-  p.weight = packed.get();
+  char* of_phase = packed.get();
+  for (TapConv& phase : phases) {
+    TapConv planned = p;
+    planned.taps = phase.taps, planned.num_taps = phase.num_taps, planned.next = phase.next;
+    planned.rows = phase.rows, planned.cols = phase.cols, planned.result = phase.result;
+    planned.weight = of_phase;
+    phase = planned;
+    torch::stable::parallel_for(
+        0, blocks, std::max<int64_t>(1, 4096 / (p.group_channels * phase.num_taps)), [&](int64_t begin, int64_t end) {
+          kernels.pack_weight[dtype](phase, weight.data_ptr(), strides.data(), of_phase, begin, end);
+        });
+    of_phase += size * phase.num_taps * element;
+  }
   run_tasks(p, kernels.run[dtype]);
+}
+
+// Runs the problems, phases of one gradient if they are several. Strides of the weight: of group, result channel,
+// reduced channel.
+void run_conv(const std::vector<TapConv>& phases, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
+  std::vector<TapConv> others;
+  for (const TapConv& p : phases) {
+    WinogradConv winograd;
+    PointConv points;
+    if (plan_winograd(p, dtype, weight.data_ptr(), strides, winograd) && run_winograd(winograd, dtype)) continue;
+    if (plan_pointwise(p, dtype, points))
+      run_pointwise(points, dtype, weight, strides);
+    else
+      others.push_back(p);
+  }
+  if (!others.empty()) run_planes(others, dtype, weight, strides);
 }
 
 std::vector<Tap> all_taps(const ConvShape& s, const Tensor& weight) {
@@ -661,7 +709,7 @@ void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& wei
   p.rows = s.out_h, p.cols = s.out_w;
   p.bias = bias ? wide_bias.get() : nullptr, p.relu = relu;
   if (run_depthwise({p}, 1, 1, p.result.stride, dtype, weight, weight.stride(0))) return;
-  run_conv(p, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(0), weight.stride(1)});
+  run_conv({p}, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(0), weight.stride(1)});
 }
 
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding, Ints dilation,
@@ -733,8 +781,9 @@ void grad_input(ConvShape s, DType dtype, ConvSource grad, const Tensor& weight,
     Tensor zeroed = result;
     torch::stable::zero_(zeroed);
   }
-  for (TapConv& p : phases)
-    if (p.num_taps) run_conv(p, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(1), weight.stride(0)});
+  phases.erase(std::remove_if(phases.begin(), phases.end(), [](const TapConv& p) { return p.num_taps == 0; }),
+               phases.end());
+  run_conv(phases, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(1), weight.stride(0)});
 }
 
 // Adds the slices of `size` sums up in place of the first.

@@ -3,7 +3,8 @@
 //   TapConv     out[m, y, x] = bias[m] + sum over channel c and tap t of weight[m, c, t] * plane[c, t](y, x)
 //               forward: the taps are the filter's positions, the planes the padded input.
 //               gradient of the input: the channels are the output's, the planes the padded output gradient; a stride
-//               splits the result into stride_h * stride_w phases, each a TapConv of the taps that reach it.
+//               splits the result into stride_h * stride_w phases, each a TapConv of the taps that reach it, and
+//               planes are packed once for all of them.
 //   TapGrad     weight_grad[m, c, t] = sum over n, y, x of out_grad[m, y, x] * plane[c, t](y, x)
 //
 // A plane is one channel of the source, padded, in the accumulator type (or a pair of channels, where the tier
@@ -71,8 +72,14 @@ struct TapConv {
   int64_t panel;        // result channels kept in scratch until they are written
   int64_t block_depth;  // operands reduced at a time: a tile's then fit the L1 cache
   int64_t scratch;      // bytes a thread needs
+  // Another phase of a gradient, or null: of the same plan and planes, and of no more rows.
+  const TapConv* next;
 
   int64_t tasks() const { return image_blocks * row_blocks * channel_blocks; }
+  int64_t most_taps() const {
+    const int64_t others = next ? next->most_taps() : 0;
+    return num_taps > others ? num_taps : others;
+  }
 };
 
 // What the lanes of a weight gradient's vectors are: source channels, where they are enough to fill a tile; result

@@ -21,6 +21,8 @@ constexpr int kRows = 12;
 constexpr int kRows = 6;
 #endif
 constexpr int64_t kPassBytes = 16 << 10;  // of the weights, in the L1 cache for all the tiles of a block
+constexpr int64_t kColumnPassBytes = 16 << 10;
+constexpr int kL2 = 2;  // what is fetched goes there, not to the L1 cache
 
 // What operands are read from: a type of which kTermsOf<P> neighbours are one.
 template <class P>
@@ -43,6 +45,11 @@ struct RowTile {
   int64_t runs, run_pitch;  // of a row; by column there is one
   int64_t terms;            // of a run
   const P* panel;
+  // By column: the panel, where the first tile of its columns packs it, else null; from columns of the source and of
+  // ReLU's mask, if there is one, and how far the next panel's are.
+  P* packs;
+  const T *columns, *relu_columns;
+  int64_t stride_c, relu_stride_c, next_columns;
   const A* bias;  // or null; by_channel: of the vectors' results, otherwise of the rows
   T* result;
   int64_t result_pitch;
@@ -57,10 +64,8 @@ struct RowTile {
 
 // One operand of each row; partial: what follows its first term is none of the sum's.
 template <class P, int NR, int NV, bool partial>
-FASTNN_INLINE void multiply_step(const Element<P>* row, int64_t pitch, const P* panel, Vec<Accumulator<P>> (*sum)[NV]) {
-  Vec<P> w[NV];
-#pragma GCC unroll 2
-  for (int v = 0; v < NV; ++v) w[v] = load(panel + v * kLanes<P>);
+FASTNN_INLINE void multiply_step(const Element<P>* row, int64_t pitch, const Vec<P>* w,
+                                 Vec<Accumulator<P>> (*sum)[NV]) {
 #pragma GCC unroll 12
   for (int n = 0; n < NR; ++n) {
     Vec<P> x = splat(*reinterpret_cast<const P*>(row + n * pitch));
@@ -68,6 +73,24 @@ FASTNN_INLINE void multiply_step(const Element<P>* row, int64_t pitch, const P* 
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) sum[n][v] = multiply_add(x, w[v], sum[n][v]);
   }
+}
+
+// A vector of a panel of columns, kept there; the next panel's is fetched.
+template <class T>
+FASTNN_INLINE Vec<Operand<T>> pack_columns(const RowTile<T>& b, int64_t d, int v) {
+  using P = Operand<T>;
+  constexpr int L = kLanes<P>;
+  const int64_t c = d * kTermsOf<P>;
+  const T* const from = b.columns + c * b.stride_c + v * L;
+  const T* const relu = b.relu_columns ? b.relu_columns + c * b.relu_stride_c + v * L : nullptr;
+  for (int term = 0; term < kTermsOf<P>; ++term) {
+    __builtin_prefetch(from + term * b.stride_c + b.next_columns, 0, kL2);
+    if (relu) __builtin_prefetch(relu + term * b.relu_stride_c + b.next_columns, 0, kL2);
+  }
+  const Vec<P> value =
+      load_operands<T, P>(from, b.stride_c, relu, b.relu_stride_c, b.terms - c, int(least(L, b.lanes - v * L)));
+  store(b.packs + (d * 2 + v) * L, value);
+  return value;
 }
 
 template <class T, bool by_channel, int NR, int NV>
@@ -82,9 +105,9 @@ void multiply_rows(const RowTile<T>& b) {
     const Vec<A> start = by_channel && b.first && b.bias ? load_n(b.bias + v * L, lanes) : Vec<A>{};
 #pragma GCC unroll 12
     for (int n = 0; n < NR; ++n)
-      sum[n][v] = !by_channel && b.bias    ? splat(b.bias[n])
-                  : !by_channel || b.first ? start
-                                           : load(b.partial + (n * kWidth + v) * L);
+      sum[n][v] = !b.first                 ? load(b.partial + (n * kWidth + v) * L)
+                  : !by_channel && b.bias ? splat(b.bias[n])
+                                          : start;
   }
   const P* panel = b.panel;
   const int64_t pitch = by_channel ? b.row_pitch : kTerms;
@@ -97,15 +120,21 @@ void multiply_rows(const RowTile<T>& b) {
         __builtin_prefetch(ahead);
         ahead += b.ahead_step;
       }
-      multiply_step<P, NR, NV, false>(row, pitch, panel, sum);
+      Vec<P> w[NV];
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) w[v] = !by_channel && b.packs ? pack_columns(b, d, v) : load(panel + v * L);
+      multiply_step<P, NR, NV, false>(row, pitch, w, sum);
     }
     if constexpr (by_channel && kTerms > 1)
       if (b.terms % kTerms) {
-        multiply_step<P, NR, NV, true>(row, pitch, panel, sum);
+        Vec<P> w[NV];
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) w[v] = load(panel + v * L);
+        multiply_step<P, NR, NV, true>(row, pitch, w, sum);
         panel += 2 * L;
       }
   }
-  const bool relu = b.relu && (!by_channel || b.last), partial = by_channel && !(b.last && b.result);
+  const bool relu = b.relu && b.last, partial = !(b.last && b.result);
 #pragma GCC unroll 12
   for (int n = 0; n < NR; ++n)
 #pragma GCC unroll 2
@@ -399,46 +428,38 @@ template <class T>
 void run_points_by_column(const PointConv& w, void* scratch, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   using P = Operand<T>;
-  constexpr int64_t L = kLanes<A>, kWidth = 2 * L;
+  constexpr int64_t kWidth = 2 * kLanes<A>;
   const TapConv& p = w.conv;
-  const int64_t channels = p.group_channels, depth = operands<P>(channels);
-  P* const panels = static_cast<P*>(scratch);
+  const int64_t channels = p.group_channels, depth = operands<P>(channels), blocks = ceil_div(p.group_results, kRows);
+  const int64_t pass_terms = least(channels, kColumnPassBytes / (kWidth * int64_t(sizeof(P))) * kTermsOf<P>);
+  P* const panel = static_cast<P*>(scratch);
+  A* const partial = reinterpret_cast<A*>(panel + operands<P>(pass_terms) * kWidth);
   RowTile<T> b;
-  b.runs = 1, b.terms = channels, b.result_pitch = p.result.stride.c, b.relu = p.relu, b.last = true;
+  b.runs = 1, b.panel = panel, b.result_pitch = p.result.stride.c, b.relu = p.relu;
+  b.stride_c = p.source.stride.c, b.relu_stride_c = p.source.relu_stride.c;
   for (int64_t index = begin; index < end; ++index) {
-    const PointTask task(w, ceil_div(p.group_results, kRows), index);
+    const PointTask task(w, blocks, index), next_task(w, blocks, index + 1);
     const int64_t y = task.first_row, source_y = y * p.planes.step_h;
     const T* source = source_of<T>(w, task);
-    const T* next_row = source_of<T>(w, PointTask(w, ceil_div(p.group_results, kRows), index + 1));
     const T* relu = static_cast<const T*>(p.source.relu_output);
     if (relu) relu += task.n * p.source.relu_stride.n + source_y * p.source.relu_stride.h;
     T* result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n + y * p.result.stride.h;
-    for (int64_t x = 0; x < p.cols; x += w.block_cols) {
-      const int64_t count = least(w.block_cols, p.cols - x);
-      for (int64_t d = 0; d < depth; ++d) {
-        const int64_t c = d * kTermsOf<P>;
-        const T* from = source + c * p.source.stride.c + x;
-        const T* mask = relu ? relu + c * p.source.relu_stride.c + x : nullptr;
-        for (int64_t i = 0; i < count; i += L)
-          store(panels + i / kWidth * kWidth * depth + d * kWidth + i % kWidth,
-                load_operands<T, P>(from + i, p.source.stride.c, mask ? mask + i : nullptr, p.source.relu_stride.c,
-                                    channels - c, int(least(L, count - i))));
-      }
-      const int64_t tiles = (task.last - task.first) * ceil_div(count, kWidth);
-      int64_t fetched = 0, done = 0;
-      for (int64_t i = 0; i < count; i += kWidth) {
-        b.panel = panels + i * depth;
-        b.lanes = int(least(kWidth, count - i));
-        for (int64_t block = task.first; block < task.last; ++block) {
+    for (int64_t x = 0; x < p.cols; x += kWidth) {
+      b.lanes = int(least(kWidth, p.cols - x));
+      // To the last element of a vector: its first ones may be on a line that this panel reads.
+      b.next_columns = (x + kWidth < p.cols ? kWidth : source_of<T>(w, next_task) - (source + x)) + kLanes<P> - 1;
+      for (int64_t c = 0; c < channels; c += pass_terms) {
+        b.terms = least(pass_terms, channels - c);
+        b.first = c == 0, b.last = c + b.terms == channels;
+        b.columns = source + c * b.stride_c + x;
+        b.relu_columns = relu ? relu + c * b.relu_stride_c + x : nullptr;
+        b.partial = partial;
+        for (int64_t block = task.first; block < task.last; ++block, b.partial += kRows * kWidth) {
           const int64_t m = block * kRows;
-          b.rows = static_cast<const Element<P>*>(p.weight) + m * depth * kTermsOf<P>;
+          b.rows = static_cast<const Element<P>*>(p.weight) + (m * depth * kTermsOf<P> + c * kRows);
           b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
-          b.result = result + m * b.result_pitch + x + i;
-          for (const int64_t stop = channels * ++done / tiles; fetched < stop; ++fetched) {
-            const T* next = x + count < p.cols ? source + x + count : next_row;
-            const char* at = reinterpret_cast<const char*>(next + fetched * p.source.stride.c);
-            for (int64_t k = 0; k < count * int64_t(sizeof(T)); k += 64) __builtin_prefetch(at + k);
-          }
+          b.packs = block == task.first ? panel : nullptr;
+          b.result = result + m * b.result_pitch + x;
           multiply_rows_of<T, false, kRows>(least(kRows, p.group_results - m), b);
         }
       }

@@ -150,6 +150,17 @@ FASTNN_INLINE Columns columns_of(const ConvSource& s, const Planes& p, int64_t p
   return {first, last, first * p.step_w + shift};
 }
 
+// Plane rows [first, last) of a phase lie inside the source, from its row y on, if it has rows up to `end_row`.
+struct Rows {
+  int64_t first, last, y;
+};
+FASTNN_INLINE Rows rows_of(const Planes& p, const Block& block, int64_t end_row, int64_t phase) {
+  const int64_t rows = block.rows + p.halo_h, y = block.row * p.step_h + p.phase_h[phase] - p.origin_h;
+  const int64_t first = least(rows, y < 0 ? ceil_div(-y, p.step_h) : 0);
+  const int64_t last = most(first, least(rows, y < end_row ? ceil_div(end_row - y, p.step_h) : 0));
+  return {first, last, y + first * p.step_h};
+}
+
 FASTNN_INLINE bool channels_contiguous(const ConvSource& s) {
   return s.stride.c == 1 && s.stride.w != 1 && (!s.relu_output || s.relu_stride.c == 1);
 }
@@ -163,11 +174,8 @@ void pack_planes(const ConvSource& s, const Planes& p, const Block& block, int64
   const bool by_channel = channels > 1 && channels_contiguous(s);
   for (int64_t phase = 0; phase < p.phases; ++phase) {
     const auto [first, last, x] = columns_of(s, p, phase);
-    // Plane rows [above, below) lie inside the source, from its row y on.
-    const int64_t base = block.row * p.step_h + p.phase_h[phase] - p.origin_h;
-    const int64_t above = last == first ? plane_rows : least(plane_rows, base < 0 ? ceil_div(-base, p.step_h) : 0);
-    const int64_t below = most(above, least(plane_rows, base < end_row ? ceil_div(end_row - base, p.step_h) : 0));
-    const int64_t y = base + above * p.step_h, inside = below - above;
+    const auto [above, below, y] = rows_of(p, block, end_row, phase);
+    const int64_t inside = last == first ? 0 : below - above;
     // In the source's own order: plane after plane, or row after row where a pixel's channels are neighbours.
     const int64_t together = by_channel ? depth : 1;
     for (int64_t d = 0; d < depth; d += together)
@@ -202,15 +210,37 @@ FASTNN_INLINE int64_t tap_offset(const Planes& p, const Tap& tap) {
 
 // ---- forward and input gradient ----
 
+// Where a tap's operands are, and the rows of results [first, last) for which they are not all padding.
+struct TapRows {
+  int64_t offset, first, last;
+};
+
 // What all tiles of a task share.
 struct TileSetting {
-  int64_t plane, taps, out_pitch;
-  const int64_t* offsets;
+  int64_t plane, pitch, pitch_image, taps, out_pitch;
+  const TapRows* rows;     // of each tap
+  bool padded;             // a tap is padding in some row
   bool first, last, relu;  // first: start from the bias, else from `out`; last: apply ReLU
 };
 
+// Taps [first, last): the others read nothing but padding for `count` positions of an image, from `position` on.
+struct TapRange {
+  int64_t first, last;
+};
+FASTNN_INLINE TapRange taps_of(const TileSetting& s, int64_t position, int64_t count) {
+  TapRange taps{0, s.taps};
+  if (!s.padded) return taps;
+  // 32 bits: the faster division. A block fits the L2 cache.
+  const uint32_t in_image = uint32_t(position) % uint32_t(s.pitch_image), end = in_image + uint32_t(count) - 1;
+  if (end >= s.pitch_image) return taps;
+  const int64_t first_row = in_image / uint32_t(s.pitch), last_row = end / uint32_t(s.pitch);
+  while (taps.first < taps.last && s.rows[taps.first].first > last_row) ++taps.first;
+  while (taps.first < taps.last && s.rows[taps.last - 1].last <= first_row) --taps.last;
+  return taps;
+}
+
 template <class P, int MR, int NV>
-FASTNN_INLINE void tile(const TileSetting& s, const P* planes, int64_t depth, const P* weight,
+FASTNN_INLINE void tile(const TileSetting& s, int64_t position, const P* planes, int64_t depth, const P* weight,
                         const Accumulator<P>* bias, Accumulator<P>* out) {
   using A = Accumulator<P>;
   Vec<A> sum[MR][NV];
@@ -219,19 +249,22 @@ FASTNN_INLINE void tile(const TileSetting& s, const P* planes, int64_t depth, co
 #pragma GCC unroll 6
     for (int v = 0; v < NV; ++v)
       sum[m][v] = s.first ? splat(bias ? bias[m] : A(0)) : load(out + m * s.out_pitch + v * kLanes<A>);
-  for (int64_t d = 0; d < depth; ++d, planes += s.plane)
-    for (int64_t t = 0; t < s.taps; ++t, weight += MR) {
-      const P* operand = planes + s.offsets[t];
+  const TapRange taps = taps_of(s, position, NV * kLanes<P>);
+  for (int64_t d = 0; d < depth; ++d, planes += s.plane) {
+    const P* tap_weight = weight + (d * s.taps + taps.first) * MR;
+    for (int64_t t = taps.first; t < taps.last; ++t, tap_weight += MR) {
+      const P* operand = planes + s.rows[t].offset;
       Vec<P> b[NV];
 #pragma GCC unroll 6
       for (int v = 0; v < NV; ++v) b[v] = load(operand + v * kLanes<P>);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
-        const Vec<P> a = splat(weight[m]);
+        const Vec<P> a = splat(tap_weight[m]);
 #pragma GCC unroll 6
         for (int v = 0; v < NV; ++v) sum[m][v] = multiply_add(a, b[v], sum[m][v]);
       }
     }
+  }
   if (s.last && s.relu) {
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m)
@@ -247,23 +280,24 @@ FASTNN_INLINE void tile(const TileSetting& s, const P* planes, int64_t depth, co
 // Vectors the next tile takes of `left`. Four go as two and two: one vector has too few sums to hide an FMA's latency.
 FASTNN_INLINE int64_t tile_vectors(int64_t left) { return left == 4 ? 2 : least(kTileVectors, left); }
 
-// Positions [0, count) of MR result channels.
+// `count` positions of MR result channels, from `position` on, where `planes` and `out` are.
 template <class P, int MR>
-void tiles(const TileSetting& s, const P* planes, int64_t depth, const P* weight, const Accumulator<P>* bias,
-           Accumulator<P>* out, int64_t count) {
+void tiles(const TileSetting& s, int64_t position, const P* planes, int64_t depth, const P* weight,
+           const Accumulator<P>* bias, Accumulator<P>* out, int64_t count) {
   for (int64_t left = ceil_div(count, kLanes<P>); left > 0;) {
     // Few result channels: more vectors instead, to have enough sums to hide an FMA's latency.
     constexpr bool wide = MR <= kWideResults;
     const int64_t vectors = wide && left >= kWideVectors ? kWideVectors : tile_vectors(left);
     if (vectors == kWideVectors)
-      tile<P, wide ? MR : 1, kWideVectors>(s, planes, depth, weight, bias, out);
+      tile<P, wide ? MR : 1, kWideVectors>(s, position, planes, depth, weight, bias, out);
     else if (vectors == 3)
-      tile<P, MR, 3>(s, planes, depth, weight, bias, out);
+      tile<P, MR, 3>(s, position, planes, depth, weight, bias, out);
     else if (vectors == 2)
-      tile<P, MR, 2>(s, planes, depth, weight, bias, out);
+      tile<P, MR, 2>(s, position, planes, depth, weight, bias, out);
     else
-      tile<P, MR, 1>(s, planes, depth, weight, bias, out);
-    left -= vectors, planes += vectors * kLanes<P>, out += vectors * kLanes<P>;
+      tile<P, MR, 1>(s, position, planes, depth, weight, bias, out);
+    left -= vectors;
+    position += vectors * kLanes<P>, planes += vectors * kLanes<P>, out += vectors * kLanes<P>;
   }
 }
 
@@ -271,15 +305,15 @@ void tiles(const TileSetting& s, const P* planes, int64_t depth, const P* weight
 FASTNN_INLINE int tile_results(int64_t rest) { return rest >= kTileResults ? kTileResults : int(least(rest, 4)); }
 
 template <class P>
-FASTNN_INLINE void tiles_of(int results, const TileSetting& s, const P* planes, int64_t depth, const P* weight,
-                            const Accumulator<P>* bias, Accumulator<P>* out, int64_t count) {
+FASTNN_INLINE void tiles_of(int results, const TileSetting& s, int64_t position, const P* planes, int64_t depth,
+                            const P* weight, const Accumulator<P>* bias, Accumulator<P>* out, int64_t count) {
 #if FASTNN_VECTOR_BYTES == 64
-  if (results == 8) return tiles<P, 8>(s, planes, depth, weight, bias, out, count);
+  if (results == 8) return tiles<P, 8>(s, position, planes, depth, weight, bias, out, count);
 #endif
-  if (results == 4) return tiles<P, 4>(s, planes, depth, weight, bias, out, count);
-  if (results == 3) return tiles<P, 3>(s, planes, depth, weight, bias, out, count);
-  if (results == 2) return tiles<P, 2>(s, planes, depth, weight, bias, out, count);
-  return tiles<P, 1>(s, planes, depth, weight, bias, out, count);
+  if (results == 4) return tiles<P, 4>(s, position, planes, depth, weight, bias, out, count);
+  if (results == 3) return tiles<P, 3>(s, position, planes, depth, weight, bias, out, count);
+  if (results == 2) return tiles<P, 2>(s, position, planes, depth, weight, bias, out, count);
+  return tiles<P, 1>(s, position, planes, depth, weight, bias, out, count);
 }
 
 template <class T>
@@ -435,15 +469,70 @@ FASTNN_INLINE Block block_of(const Planes& planes, const PoolShape& pool, bool p
   return block;
 }
 
+// One phase's results of a block, from the planes of a task's groups, `group` and on, that are `packed`: channels
+// [m_begin, m_end) of all groups together.
 template <class T>
-void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
+void run_phase(const TapConv& p, const Block& block, int64_t group, int64_t m_begin, int64_t m_end, TapRows* tap_rows,
+               const Operand<T>* packed, Accumulator<T>* panel) {
   using A = Accumulator<T>;
   using P = Operand<T>;
   constexpr int64_t L = kLanes<A>;
   const Planes& planes = p.planes;
-  int64_t* offsets = static_cast<int64_t*>(scratch_);
-  for (int64_t t = 0; t < p.num_taps; ++t) offsets[t] = tap_offset(planes, p.taps[t]);
-  P* packed = reinterpret_cast<P*>(offsets + ceil_div(p.num_taps, 8) * 8);
+  const int64_t depth = operands<P>(p.group_channels);
+  bool padded = false;
+  for (int64_t t = 0; t < p.num_taps; ++t) {
+    const Tap& tap = p.taps[t];
+    const Rows rows = rows_of(planes, block, p.source.height, tap.phase);
+    tap_rows[t] = {tap_offset(planes, tap), rows.first - tap.row, rows.last - tap.row};
+    padded |= tap_rows[t].first > 0 || tap_rows[t].last < block.rows;
+  }
+
+  // One run of positions, or one an image where that takes fewer vectors.
+  const int64_t image_run = (block.rows - 1) * planes.pitch + p.cols;
+  const int64_t whole_run = (block.images - 1) * block.pitch_image + image_run;
+  const bool by_image = block.images * ceil_div(image_run, L) < ceil_div(whole_run, L);
+  const int64_t runs = by_image ? block.images : 1, run_length = by_image ? image_run : whole_run;
+  const int64_t pitch = ceil_div(whole_run, L) * L + L;
+
+  for (int64_t m0 = m_begin, m1; m0 < m_end; m0 = m1) {
+    // A panel is some whole groups, or part of one: weights are packed group by group.
+    const int64_t limit = p.panel < p.group_results ? (m0 / p.group_results + 1) * p.group_results : m_end;
+    m1 = least(m0 + p.panel, least(limit, m_end));
+    for (int64_t d0 = 0; d0 < depth; d0 += p.block_depth) {
+      const int64_t d1 = least(depth, d0 + p.block_depth);
+      const TileSetting setting{planes.plane, planes.pitch, block.pitch_image, p.num_taps,  pitch,
+                                tap_rows,     padded,       d0 == 0,           d1 == depth, p.relu};
+      for (int64_t r = 0; r < runs; ++r) {
+        const int64_t start = r * block.pitch_image, stop = start + run_length;
+        for (int64_t at = start, count; at < stop; at += count) {
+          // A tile's operands stay in the L1 cache while all of the panel's weights pass by. A short reduction, or
+          // one tile of results, is not worth the way around: it takes all positions at once.
+          const int64_t left = ceil_div(stop - at, L);
+          const bool at_once = depth * p.num_taps < kShortDepth || m1 - m0 <= kWideResults;
+          count = (at_once ? left : tile_vectors(left)) * L;
+          for (int64_t m = m0; m < m1;) {
+            const int64_t g = m / p.group_results;
+            const int width = tile_results(least(m1, (g + 1) * p.group_results) - m);
+            const P* weight = static_cast<const P*>(p.weight) + (m * depth + d0 * width) * p.num_taps;
+            const A* bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
+            const P* source = packed + ((g - group) * depth + d0) * planes.plane + at;
+            tiles_of(width, setting, at, source, d1 - d0, weight, bias, panel + (m - m0) * pitch + at, count);
+            m += width;
+          }
+        }
+      }
+    }
+    write_panel<T>(p, block, m0, m1 - m0, panel, pitch);
+  }
+}
+
+template <class T>
+void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  using P = Operand<T>;
+  const Planes& planes = p.planes;
+  TapRows* tap_rows = static_cast<TapRows*>(scratch_);
+  P* packed = reinterpret_cast<P*>(tap_rows + ceil_div(p.most_taps(), 8) * 8);
   const int64_t depth = operands<P>(p.group_channels);
   A* panel = reinterpret_cast<A*>(packed + p.block_groups * depth * planes.plane);
   // Groups whose channels do not fill their operands are packed one by one.
@@ -462,42 +551,10 @@ void run(const TapConv& p, void* scratch_, int64_t begin, int64_t end) {
     for (int64_t g = 0; g < groups; g += groups_together)
       pack_planes<T, P>(p.source, planes, block, p.source.height, (group + g) * p.group_channels,
                         least(groups_together, groups - g) * p.group_channels, packed + g * depth * planes.plane);
-
-    // One run of positions, or one an image where that takes fewer vectors.
-    const int64_t image_run = (block.rows - 1) * planes.pitch + p.cols;
-    const int64_t whole_run = (block.images - 1) * block.pitch_image + image_run;
-    const bool by_image = block.images * ceil_div(image_run, L) < ceil_div(whole_run, L);
-    const int64_t runs = by_image ? block.images : 1, run_length = by_image ? image_run : whole_run;
-    const int64_t pitch = ceil_div(whole_run, L) * L + L;
-
-    for (int64_t m0 = m_begin, m1; m0 < m_end; m0 = m1) {
-      // A panel is some whole groups, or part of one: weights are packed group by group.
-      const int64_t limit = p.panel < p.group_results ? (m0 / p.group_results + 1) * p.group_results : m_end;
-      m1 = least(m0 + p.panel, least(limit, m_end));
-      for (int64_t d0 = 0; d0 < depth; d0 += p.block_depth) {
-        const int64_t d1 = least(depth, d0 + p.block_depth);
-        const TileSetting setting{planes.plane, p.num_taps, pitch, offsets, d0 == 0, d1 == depth, p.relu};
-        for (int64_t r = 0; r < runs; ++r) {
-          const int64_t start = r * block.pitch_image, stop = start + run_length;
-          for (int64_t at = start, count; at < stop; at += count) {
-            // A tile's operands stay in the L1 cache while all of the panel's weights pass by. A short reduction, or
-            // one tile of results, is not worth the way around: it takes all positions at once.
-            const int64_t left = ceil_div(stop - at, L);
-            const bool at_once = depth * p.num_taps < kShortDepth || m1 - m0 <= kWideResults;
-            count = (at_once ? left : tile_vectors(left)) * L;
-            for (int64_t m = m0; m < m1;) {
-              const int64_t g = m / p.group_results;
-              const int width = tile_results(least(m1, (g + 1) * p.group_results) - m);
-              const P* weight = static_cast<const P*>(p.weight) + (m * depth + d0 * width) * p.num_taps;
-              const A* bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
-              const P* source = packed + ((g - group) * depth + d0) * planes.plane + at;
-              tiles_of(width, setting, source, d1 - d0, weight, bias, panel + (m - m0) * pitch + at, count);
-              m += width;
-            }
-          }
-        }
-      }
-      write_panel<T>(p, block, m0, m1 - m0, panel, pitch);
+    for (const TapConv* phase = &p; phase; phase = phase->next) {
+      Block own = block;
+      own.rows = least(block.rows, phase->rows - block.row);
+      if (own.rows > 0) run_phase<T>(*phase, own, group, m_begin, m_end, tap_rows, packed, panel);
     }
   }
 }
