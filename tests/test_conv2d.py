@@ -492,6 +492,8 @@ COMMON_LAYERS = {
     "depthwise, pooled": (CONV2D_RELU_MAX_POOL2D, 16, 16, 3, (8, 9), {"padding": 1, "groups": 16}),
     "large windows of few channels": (CONV2D_RELU, 3, 70, 7, (13, 37), {"stride": 2, "padding": 3}),
     "large windows": (CONV2D, 21, 50, 5, (9, 23), {"padding": 2}),
+    "one channel": (CONV2D, 1, 20, 5, (7, 30), {"padding": 2}),
+    "two results": (CONV2D_RELU, 21, 2, 3, (6, 57), {"padding": 1}),
 }
 
 

@@ -586,7 +586,8 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
   p.image_blocks = p.batch, p.row_blocks = ceil_div(p.rows, w.block_rows);
   p.channel_blocks = std::min(blocks, ceil_div(2 * threads, p.batch * p.row_blocks));
   const int64_t rows = (w.block_rows - 1) * s.step_h + w.window_h, cols = (w.block_cols - 1) * s.step_w + w.window_w;
-  // Behind copied pixels, what their transposes may write past them; sums of a panel, and as many as a vector has lanes.
+  // Behind copied pixels, what their transposes may write past them; sums of a panel, and as many as a vector has
+  // lanes.
   if (by_channel)
     w.scratch = ((rows * cols + 8) * p.group_channels +
                  (w.block_rows * ceil_div(w.block_cols, tile) * tile + panel / 2) * panel) *

@@ -105,9 +105,7 @@ void multiply_rows(const RowTile<T>& b) {
     const Vec<A> start = by_channel && b.first && b.bias ? load_n(b.bias + v * L, lanes) : Vec<A>{};
 #pragma GCC unroll 12
     for (int n = 0; n < NR; ++n)
-      sum[n][v] = !b.first                 ? load(b.partial + (n * kWidth + v) * L)
-                  : !by_channel && b.bias ? splat(b.bias[n])
-                                          : start;
+      sum[n][v] = !b.first ? load(b.partial + (n * kWidth + v) * L) : !by_channel && b.bias ? splat(b.bias[n]) : start;
   }
   const P* panel = b.panel;
   const int64_t pitch = by_channel ? b.row_pitch : kTerms;

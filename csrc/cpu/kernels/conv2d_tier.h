@@ -6,7 +6,8 @@
 //   2. tile   result tiles of MR channels x NV vectors of flat positions stay in registers over the whole reduction:
 //             each step loads NV vectors of one plane, broadcasts MR weights and does MR * NV FMAs, so loads are
 //             (MR + NV) / (MR * NV) of the FMAs: 7/12 for AVX2's 4 x 3, 11/24 for AVX-512's 8 x 3. Where bfloat16 is
-//             multiplied in pairs (Operand in vec.h), a plane is one of two channels.
+//             multiplied in pairs (Operand in vec.h), a plane is one of two channels. One or two result channels would
+//             wait for AVX-512's loads: there a tile is four rows by two vectors, and they share what they read.
 //   3. write  the tiles pass through a scratch panel that stays in the cache, where max-pooling is taken, and leave in
 //             the result's layout.
 // Positions are flat: p = row * pitch + column, across the padding between rows, so a tile is full even where rows are
@@ -23,9 +24,9 @@
 // each tensor once, plus a packed copy that stays in the cache; rows on a block's border are packed twice.
 
 #if FASTNN_VECTOR_BYTES == 64
-constexpr int kTileResults = 8, kTilePairs = 6, kWideResults = 3;
+constexpr int kTileResults = 8, kTilePairs = 6, kWideResults = 3, kSharedRows = 4, kSharedResults = 2;
 #else
-constexpr int kTileResults = 4, kTilePairs = 3, kWideResults = 1;
+constexpr int kTileResults = 4, kTilePairs = 3, kWideResults = 1, kSharedRows = 4, kSharedResults = 0;
 #endif
 constexpr int kTileVectors = 3, kWideVectors = 6;  // the latter of up to kWideResults result channels
 constexpr int64_t kShortDepth = 64;
@@ -316,6 +317,63 @@ FASTNN_INLINE void tiles_of(int results, const TileSetting& s, int64_t position,
   return tiles<P, 1>(s, position, planes, depth, weight, bias, out, count);
 }
 
+// Few results for what is loaded: kSharedRows rows of them, 2 vectors of each, share what neighbouring rows read. The
+// taps are rows of `width`; stores `lanes` results of a row.
+template <class P, int MR>
+void row_tile(const TileSetting& s, int64_t width, int64_t position, int64_t lanes, const P* planes, int64_t depth,
+              const P* weight, const Accumulator<P>* bias, Accumulator<P>* out) {
+  using A = Accumulator<P>;
+  constexpr int R = kSharedRows, L = kLanes<P>;
+  Vec<A> sum[MR][R][2];
+#pragma GCC unroll 2
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int k = 0; k < R; ++k) sum[m][k][0] = sum[m][k][1] = splat(bias ? bias[m] : A(0));
+  const TapRange taps = taps_of(s, position, (R - 1) * s.pitch + 1);
+  for (int64_t d = 0; d < depth; ++d, planes += s.plane)
+    for (int64_t t = taps.first; t < least(taps.last, taps.first + width); ++t) {
+      const P *operand = planes + s.rows[t].offset, *tap_weight = weight + (d * s.taps + t) * MR;
+      Vec<P> b[R][2];
+#pragma GCC unroll 4
+      for (int k = 0; k < R - 1; ++k, operand += s.pitch) b[k][0] = load(operand), b[k][1] = load(operand + L);
+      for (int64_t i = t; i < taps.last; i += width, operand += s.pitch, tap_weight += width * MR) {
+        b[R - 1][0] = load(operand), b[R - 1][1] = load(operand + L);
+#pragma GCC unroll 2
+        for (int m = 0; m < MR; ++m) {
+          const Vec<P> a = splat(tap_weight[m]);
+#pragma GCC unroll 4
+          for (int k = 0; k < R; ++k)
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) sum[m][k][v] = multiply_add(a, b[k][v], sum[m][k][v]);
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < R - 1; ++k) b[k][0] = b[k + 1][0], b[k][1] = b[k + 1][1];
+      }
+    }
+#pragma GCC unroll 2
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int k = 0; k < R; ++k)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        if (s.relu) sum[m][k][v] = sum[m][k][v] < Vec<A>{} ? Vec<A>{} : sum[m][k][v];
+        if (lanes > v * L) store_lanes(out + m * s.out_pitch + k * s.pitch + v * L, sum[m][k][v], lanes - v * L);
+      }
+}
+
+// How many taps a row of the window has, or 0 where rows don't share what they read or don't fill their tiles.
+FASTNN_INLINE int64_t shared_width(const TapConv& p, int64_t rows, int64_t lanes) {
+  int64_t width = 0;
+  while (width < p.num_taps && p.taps[width].row == p.taps[0].row) ++width;
+  for (int64_t t = width; t < p.num_taps; ++t) {
+    const Tap &tap = p.taps[t], &above = p.taps[t - width];
+    if (tap.row != above.row + 1 || tap.col != above.col) return 0;
+  }
+  const bool filled = rows >= kSharedRows && 4 * p.cols >= 3 * ceil_div(p.cols, 2 * lanes) * 2 * lanes;
+  const bool shared = p.planes.phases == 1 && width < p.num_taps;
+  return p.group_results <= kSharedResults && shared && filled ? width : 0;
+}
+
 template <class T>
 void pack_weight(const TapConv& p, const void* weight_, const int64_t* strides, void* packed_, int64_t begin,
                  int64_t end) {
@@ -469,60 +527,97 @@ FASTNN_INLINE Block block_of(const Planes& planes, const PoolShape& pool, bool p
   return block;
 }
 
-// One phase's results of a block, from the planes of a task's groups, `group` and on, that are `packed`: channels
-// [m_begin, m_end) of all groups together.
+// Result channels [m_begin, m_end) of all groups together, of a block, into the panel: from the planes `packed`, the
+// first of them of group `group`.
 template <class T>
-void run_phase(const TapConv& p, const Block& block, int64_t group, int64_t m_begin, int64_t m_end, TapRows* tap_rows,
-               const Operand<T>* packed, Accumulator<T>* panel) {
+void multiply_runs(const TapConv& p, const Block& block, TileSetting setting, int64_t group, int64_t m_begin,
+                   int64_t m_end, const Operand<T>* packed, Accumulator<T>* panel) {
   using A = Accumulator<T>;
   using P = Operand<T>;
   constexpr int64_t L = kLanes<A>;
-  const Planes& planes = p.planes;
   const int64_t depth = operands<P>(p.group_channels);
-  bool padded = false;
+  // One run of positions, or one an image where that takes fewer vectors.
+  const int64_t image_run = (block.rows - 1) * setting.pitch + p.cols;
+  const int64_t whole_run = (block.images - 1) * block.pitch_image + image_run;
+  const bool by_image = block.images * ceil_div(image_run, L) < ceil_div(whole_run, L);
+  const int64_t runs = by_image ? block.images : 1, run_length = by_image ? image_run : whole_run;
+  for (int64_t d0 = 0; d0 < depth; d0 += p.block_depth) {
+    const int64_t d1 = least(depth, d0 + p.block_depth);
+    setting.first = d0 == 0, setting.last = d1 == depth;
+    for (int64_t r = 0; r < runs; ++r) {
+      const int64_t start = r * block.pitch_image, stop = start + run_length;
+      for (int64_t at = start, count; at < stop; at += count) {
+        // A tile's operands stay in the L1 cache while all of the panel's weights pass by. A short reduction, or one
+        // tile of results, is not worth the way around: it takes all positions at once.
+        const int64_t left = ceil_div(stop - at, L);
+        const bool at_once = depth * p.num_taps < kShortDepth || m_end - m_begin <= kWideResults;
+        count = (at_once ? left : tile_vectors(left)) * L;
+        for (int64_t m = m_begin; m < m_end;) {
+          const int64_t g = m / p.group_results;
+          const int width = tile_results(least(m_end, (g + 1) * p.group_results) - m);
+          const P* weight = static_cast<const P*>(p.weight) + (m * depth + d0 * width) * p.num_taps;
+          const A* bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
+          const P* source = packed + ((g - group) * depth + d0) * setting.plane + at;
+          tiles_of(width, setting, at, source, d1 - d0, weight, bias, panel + (m - m_begin) * setting.out_pitch + at,
+                   count);
+          m += width;
+        }
+      }
+    }
+  }
+}
+
+// The same in tiles of rows, of whole groups of kSharedResults at the most. width: of the window, taps.
+template <class T>
+void multiply_rows_shared(const TapConv& p, const Block& block, const TileSetting& setting, int64_t width,
+                          int64_t group, int64_t m_begin, int64_t m_end, const Operand<T>* packed,
+                          Accumulator<T>* panel) {
+  using A = Accumulator<T>;
+  using P = Operand<T>;
+  const int64_t depth = operands<P>(p.group_channels);
+  for (int64_t m = m_begin; m < m_end; m += p.group_results) {
+    const P* weight = static_cast<const P*>(p.weight) + m * depth * p.num_taps;
+    const A* bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
+    const P* planes = packed + (m / p.group_results - group) * depth * setting.plane;
+    for (int64_t image = 0; image < block.images; ++image)
+      for (int64_t y = 0; y < block.rows; y += kSharedRows)
+        for (int64_t x = 0; x < p.cols; x += 2 * kLanes<A>) {
+          const int64_t row = least(y, block.rows - kSharedRows);
+          const int64_t at = image * block.pitch_image + row * setting.pitch + x;
+          A* out = panel + (m - m_begin) * setting.out_pitch + at;
+          if (p.group_results == 1)
+            row_tile<P, 1>(setting, width, at, p.cols - x, planes + at, depth, weight, bias, out);
+          else
+            row_tile<P, kSharedResults>(setting, width, at, p.cols - x, planes + at, depth, weight, bias, out);
+        }
+  }
+}
+
+// One phase's results of a block: channels [m_begin, m_end) of all groups together.
+template <class T>
+void run_phase(const TapConv& p, const Block& block, int64_t group, int64_t m_begin, int64_t m_end, TapRows* tap_rows,
+               const Operand<T>* packed, Accumulator<T>* panel) {
+  constexpr int64_t L = kLanes<Accumulator<T>>;
+  const Planes& planes = p.planes;
+  const int64_t run = (block.images - 1) * block.pitch_image + (block.rows - 1) * planes.pitch + p.cols;
+  TileSetting setting{
+      planes.plane, planes.pitch, block.pitch_image, p.num_taps, ceil_div(run, L) * L + L, tap_rows, false, true,
+      true,         p.relu};
   for (int64_t t = 0; t < p.num_taps; ++t) {
     const Tap& tap = p.taps[t];
     const Rows rows = rows_of(planes, block, p.source.height, tap.phase);
     tap_rows[t] = {tap_offset(planes, tap), rows.first - tap.row, rows.last - tap.row};
-    padded |= tap_rows[t].first > 0 || tap_rows[t].last < block.rows;
+    setting.padded |= tap_rows[t].first > 0 || tap_rows[t].last < block.rows;
   }
-
-  // One run of positions, or one an image where that takes fewer vectors.
-  const int64_t image_run = (block.rows - 1) * planes.pitch + p.cols;
-  const int64_t whole_run = (block.images - 1) * block.pitch_image + image_run;
-  const bool by_image = block.images * ceil_div(image_run, L) < ceil_div(whole_run, L);
-  const int64_t runs = by_image ? block.images : 1, run_length = by_image ? image_run : whole_run;
-  const int64_t pitch = ceil_div(whole_run, L) * L + L;
-
+  const int64_t width = shared_width(p, block.rows, L);
   for (int64_t m0 = m_begin, m1; m0 < m_end; m0 = m1) {
     // A panel is some whole groups, or part of one: weights are packed group by group.
     const int64_t limit = p.panel < p.group_results ? (m0 / p.group_results + 1) * p.group_results : m_end;
     m1 = least(m0 + p.panel, least(limit, m_end));
-    for (int64_t d0 = 0; d0 < depth; d0 += p.block_depth) {
-      const int64_t d1 = least(depth, d0 + p.block_depth);
-      const TileSetting setting{planes.plane, planes.pitch, block.pitch_image, p.num_taps,  pitch,
-                                tap_rows,     padded,       d0 == 0,           d1 == depth, p.relu};
-      for (int64_t r = 0; r < runs; ++r) {
-        const int64_t start = r * block.pitch_image, stop = start + run_length;
-        for (int64_t at = start, count; at < stop; at += count) {
-          // A tile's operands stay in the L1 cache while all of the panel's weights pass by. A short reduction, or
-          // one tile of results, is not worth the way around: it takes all positions at once.
-          const int64_t left = ceil_div(stop - at, L);
-          const bool at_once = depth * p.num_taps < kShortDepth || m1 - m0 <= kWideResults;
-          count = (at_once ? left : tile_vectors(left)) * L;
-          for (int64_t m = m0; m < m1;) {
-            const int64_t g = m / p.group_results;
-            const int width = tile_results(least(m1, (g + 1) * p.group_results) - m);
-            const P* weight = static_cast<const P*>(p.weight) + (m * depth + d0 * width) * p.num_taps;
-            const A* bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
-            const P* source = packed + ((g - group) * depth + d0) * planes.plane + at;
-            tiles_of(width, setting, at, source, d1 - d0, weight, bias, panel + (m - m0) * pitch + at, count);
-            m += width;
-          }
-        }
-      }
-    }
-    write_panel<T>(p, block, m0, m1 - m0, panel, pitch);
+    if constexpr (kSharedResults > 0)
+      if (width) multiply_rows_shared<T>(p, block, setting, width, group, m0, m1, packed, panel);
+    if (width == 0) multiply_runs<T>(p, block, setting, group, m0, m1, packed, panel);
+    write_panel<T>(p, block, m0, m1 - m0, panel, setting.out_pitch);
   }
 }
 
