@@ -42,9 +42,10 @@ test: $(VENV)/.built  ## run the test suite, in two processes
 test-asan: $(VENV)/.built  ## build with AddressSanitizer and UBSan, and run the kernel tests
 	@PYTHON=$(BIN)/python sh tests/asan.sh $(ARGS)
 
-test-gpu:  ## where python3 has a CUDA build of torch: build in place for it, and run the test suite there
-	@$(call BUILD_FOR_GPU,pytest hypothesis expecttest filelock tqdm)
-	@$(GPU_PYTHON) -m pytest $(ARGS)
+test-gpu:  ## where python3 has a CUDA build of torch: build in place for it, and run the tests that use the GPU
+	@$(call BUILD_FOR_GPU,pytest hypothesis tqdm)
+	@$(GPU_PYTHON) -m pytest -m gpu $$($(GPU_PYTHON) -c 'import xdist' 2>/dev/null && \
+		echo --numprocesses auto --maxprocesses 16 --dist worksteal) $(ARGS)
 
 wheel: $(VENV)/.built  ## build a wheel into dist/, and say what it needs of a system
 	@rm -rf build/lib.* dist/fastnn-*.whl

@@ -253,6 +253,7 @@ def test_steps_are_undone(module, name):
     assert all(optimizer.state[parameter][key] is entry for key, entry in state.items())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or fastnn.dispatch.why_off("cuda", "adam", torch.device("cuda")) is not None,
     reason="CUDA graphs need a GPU, and the kernels for it",
