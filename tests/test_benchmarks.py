@@ -107,6 +107,24 @@ def test_wrong_results_are_neither_timed_nor_compared_with():
     assert "compiled left out: wrong, error 1.0e+00" in report.line(good, PEAKS)
 
 
+def test_a_call_is_compared_with_calls_and_a_graph_with_everything():
+    def variant(name, **kind):
+        return Variant(name, lambda: [torch.ones(8)], **kind)
+
+    variants = [variant("eager"), variant("graph of eager", graph=True), variant("fastnn", ours=True)]
+    variants.append(variant("graph of fastnn", ours=True, graph=True))
+    call, graph = measure(case_of(variants, [torch.ones(8, dtype=torch.float64)]), QUICK)
+    assert (call.ours.name, [t.name for t in call.native]) == ("fastnn", ["eager"])
+    assert (graph.ours.name, [t.name for t in graph.native]) == ("graph of fastnn", ["eager", "graph of eager"])
+
+
+def test_a_case_without_fastnn_is_not_run():
+    def never():
+        raise AssertionError
+
+    assert measure(case_of([Variant("eager", never)], []), QUICK) == []
+
+
 @pytest.mark.parametrize(("size", "dtype", "reason"), [(1 << 15, torch.int32, "int32"), (4, torch.float32, "small")])
 def test_a_call_that_went_native_is_noted(size, dtype, reason):
     def ours():
@@ -224,12 +242,11 @@ def test_a_gpu_has_a_row_for_every_backend_and_native_at_its_best(monkeypatch):
     assert names == {f"{name} {layout}" for name in who for layout in conv2d.LAYOUTS}
     assert set(cross_entropy.functions(gpu)) == set(who)
     variants = [Variant(name, list, ours=name.startswith("fastnn")) for name in who]
-    for pass_name, more in (
-        ("forward", ["graph of eager"]),
-        ("forward+backward", ["graph of eager"]),
-        ("backward", []),
-    ):
-        assert [v.name for v in harness.with_graphs(variants, pass_name, gpu)] == [*who, *more]
+    graphs = [(f"graph of {name}", name != "eager", True) for name in who if name != "compiled"]
+    for pass_name, more in (("forward", graphs), ("forward+backward", graphs), ("backward", [])):
+        with_them = harness.with_graphs(variants, pass_name, gpu)
+        assert with_them[: len(who)] == variants
+        assert [(v.name, v.ours, v.graph) for v in with_them[len(who) :]] == more
     assert harness.with_graphs(variants, "forward", QUICK) == variants
     with fastnn.backend("torch"):
         assert harness.ours_of("relu", fastnn.dispatch.forced, gpu)["fastnn triton"]() == "triton"
