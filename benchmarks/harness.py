@@ -46,8 +46,8 @@ class Settings:
 
     @property
     def seconds(self) -> float:
-        """Time spent on the rounds of one case, about."""
-        return 0.25 if self.quick else 1.0
+        """Time spent on the rounds of one case, about. A GPU's are some 10 samples of half a millisecond each."""
+        return 0.25 if self.quick or self.device.type == "cuda" else 1.0
 
     @property
     def rounds(self) -> tuple[int, int]:
@@ -166,10 +166,11 @@ def ours_of(op: str, function: Callable[..., Any], settings: Settings) -> dict[s
 
 def compiled(function: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
     """``torch.compile`` for the shapes at hand. Backward runs many times over one graph here, which a compiled function
-    only allows where it does not reuse the buffers of its forward. On a GPU it tunes; CUDA graphs are `with_graphs`."""
+    only allows where it does not reuse the buffers of its forward. On a GPU ``--compile`` tunes too, which takes many
+    times longer; CUDA graphs are `with_graphs`."""
     torch._functorch.config.donated_buffer = False
     torch._dynamo.reset()
-    mode = "max-autotune-no-cudagraphs" if settings.device.type == "cuda" else None
+    mode = "max-autotune-no-cudagraphs" if settings.device.type == "cuda" and settings.compile_all else None
     return torch.compile(function, dynamic=False, mode=mode)
 
 
@@ -341,6 +342,16 @@ def touch_memory(size: int) -> None:
     with mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_HUGEPAGE)
         np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
+
+
+@contextmanager
+def tuned_cudnn(settings: Settings) -> Iterator[None]:
+    """Native at its best on a GPU: cuDNN tries its algorithms for every shape inside the block."""
+    torch._C._set_cudnn_benchmark(settings.device.type == "cuda")
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_benchmark(False)
 
 
 def _check(variant: Variant, case: Case, limit: float) -> Timing:

@@ -331,6 +331,42 @@ def test_command_writes_json_plots_and_the_same_again_from_the_json(tmp_path, mo
     assert "geometric mean" in capsys.readouterr().out
 
 
+def test_a_run_that_is_cut_has_written_what_it_measured(tmp_path, monkeypatch, fixed_peaks):
+    layers = [relu.Layer((4, 4)), relu.Layer((4, 5))]
+    monkeypatch.setattr(relu, "LAYERS", layers)
+
+    def cut(case, settings):
+        if case.layer == layers[1].name:
+            raise KeyboardInterrupt
+        return measure(case, settings)
+
+    monkeypatch.setattr(command, "measure", cut)
+    file = tmp_path / "r.json"
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--suite", "relu", "--quick", "--json", str(file)])
+    run, rows = report.load(file)
+    assert {r.layer for r in rows} == {layers[0].name}
+
+    def cut_again(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", cut_again)
+    with pytest.raises(KeyboardInterrupt):
+        report.save(file, run, [])
+    assert report.load(file) == (run, rows)
+
+
+def test_runs_of_different_dtypes_are_shown_as_one(tmp_path, capsys):
+    files = []
+    for dtype in ("float32", "bfloat16"):
+        files += ["--from", str(tmp_path / f"{dtype}.json")]
+        run = {**run_facts(), "peaks": {**PEAKS, "gflops": {dtype: 100.0}}}
+        report.save(tmp_path / f"{dtype}.json", run, [row(dtype=dtype)])
+    assert command.main([*files, "--json", str(tmp_path / "both.json")]) == 0
+    run, rows = report.load(tmp_path / "both.json")
+    assert [r.dtype for r in rows] == list(run["peaks"]["gflops"]) == ["float32", "bfloat16"]
+
+
 def test_a_suite_whose_function_is_missing_fails_plainly_after_the_others(monkeypatch, fixed_peaks, capsys):
     monkeypatch.setattr(relu, "LAYERS", [relu.Layer((4, 4))])
     monkeypatch.setattr(fastnn.nn.functional, "cross_entropy", torch.nn.functional.cross_entropy)
