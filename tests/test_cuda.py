@@ -93,8 +93,9 @@ def test_a_captured_step_replays_as_the_eager_one(name):
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
+        with torch.cuda.stream(stream):  # a second step launches what a first did not, and no capture may load that
+            for _ in range(2):
+                step()
         torch.cuda.current_stream().wait_stream(stream)
         if captured:
             graph = torch.cuda.CUDAGraph()
@@ -216,8 +217,10 @@ def test_convolutions_of_more_than_2_to_the_31_elements(need_memory, function, w
         output = function(*leaves, **kwargs)
         results.append([output.detach()[-1], *torch.autograd.grad(output[-1].sum(), leaves)])
         results[-1][1] = results[-1][1][-1]
+    # The weight's gradient sums 2**14 products of either sign, in slices that hang on the batch: up to 2**10 steps of a
+    # matrix unit, each of which cuts off some 2**-24 of the 2**7 that the sum has reached, however little it ends with.
     for large, small in zip(*results, strict=True):
-        torch.testing.assert_close(large, small)
+        torch.testing.assert_close(large, small, rtol=2**-6, atol=2**-7)
 
 
 # ---- errors ----
