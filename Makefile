@@ -42,9 +42,10 @@ test: $(VENV)/.built  ## run the test suite, in two processes
 test-asan: $(VENV)/.built  ## build with AddressSanitizer and UBSan, and run the kernel tests
 	@PYTHON=$(BIN)/python sh tests/asan.sh $(ARGS)
 
-test-gpu:  ## where python3 has a CUDA build of torch: build in place for it, and run the test suite there
-	@$(call BUILD_FOR_GPU,pytest hypothesis expecttest filelock tqdm)
-	@$(GPU_PYTHON) -m pytest $(ARGS)
+test-gpu:  ## where python3 has a CUDA build of torch: build in place for it, and run the tests that use the GPU
+	@$(call BUILD_FOR_GPU,pytest hypothesis tqdm)
+	@$(GPU_PYTHON) -m pytest -m gpu $$($(GPU_PYTHON) -c 'import xdist' 2>/dev/null && \
+		echo --numprocesses auto --maxprocesses 16 --dist worksteal) $(ARGS)
 
 wheel: $(VENV)/.built  ## build a wheel into dist/, and say what it needs of a system
 	@rm -rf build/lib.* dist/fastnn-*.whl
@@ -65,8 +66,8 @@ bench: $(VENV)/.built  ## run every benchmark and rewrite its results, plots and
 
 bench-gpu:  ## the same there on the GPU, into benchmarks/results/ under its name and the README's table of GPUs
 	@$(call BUILD_FOR_GPU,tqdm PIL matplotlib)
-	@$(GPU_PYTHON) -m benchmarks --device cuda --dtype float32 --dtype bfloat16 --compile --plot docs/benchmarks/gpu --readme $(ARGS) --json "benchmarks/results/$$($(GPU_PYTHON) -c \
-		'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json"
+	@$(GPU_PYTHON) -m benchmarks --device cuda --plot docs/benchmarks/gpu --readme --json "benchmarks/results/$$($(GPU_PYTHON) -c \
+		'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json" $(ARGS)
 
 clean:  ## remove what was built or written, but not .venv
 	rm -rf build dist *.egg-info fastnn/*.so demo-results $(VENV)/.built

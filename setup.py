@@ -23,6 +23,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 ROOT = Path(__file__).parent
 # torch 2.11's stable ABI. The format is 0xMMmmpp00...: 0x0210... would mean 2.16.
 STABLE_ABI = "0x020b000000000000"
+TOOLKIT = ("bin/nvcc", "include/cuda.h")
 SANITIZE = os.environ.get("FASTNN_SANITIZE", "")
 
 
@@ -40,12 +41,11 @@ def why_no_cuda(mode: str) -> str | None:
         sys.exit(f"fastnn: FASTNN_CUDA is {mode!r}, expected auto, 1 or 0")
     if mode == "0" or SANITIZE:
         return "FASTNN_CUDA=0" if mode == "0" else "FASTNN_SANITIZE"
-    if cpp_extension.CUDA_HOME is None:  # torch's own search, where it is a CUDA build, found none
-        toolkits = [os.environ.get("CUDA_HOME"), Path(shutil.which("nvcc") or "/").parent.parent, "/usr/local/cuda"]
-        found = (str(t) for t in toolkits if t and Path(t, "bin/nvcc").exists() and Path(t, "include/cuda.h").exists())
-        cpp_extension.CUDA_HOME = next(found, None)
+    toolkits = [cpp_extension.CUDA_HOME, os.environ.get("CUDA_HOME"), Path(shutil.which("nvcc") or "/").parent.parent]
+    found = (str(t) for t in [*toolkits, "/usr/local/cuda"] if t and all(Path(t, f).exists() for f in TOOLKIT))
+    cpp_extension.CUDA_HOME = next(found, None)  # torch's may be the folder of a wrapper of nvcc, without headers
     if cpp_extension.CUDA_HOME is None:
-        return "nvcc was not found (CUDA_HOME names its toolkit)"
+        return "no nvcc with its headers was found (CUDA_HOME names its toolkit)"
     nvcc = [f"{cpp_extension.CUDA_HOME}/bin/nvcc", "--version"]
     version = re.search(r"release (\d+)\.(\d+)", subprocess.run(nvcc, capture_output=True, text=True).stdout)
     old = version is not None and tuple(map(int, version.groups())) < (12, 8)  # it does not know 10.0 and 12.0

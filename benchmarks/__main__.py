@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import fastnn
 from benchmarks import conv2d, cross_entropy, machine, max_pool2d, optim, overhead, relu, report, train
-from benchmarks.harness import Row, Settings, measure
+from benchmarks.harness import Row, Settings, measure, tuned_cudnn
 
 SUITES: dict[str, Any] = {
     "conv2d": conv2d,
@@ -39,38 +39,44 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "How, and what the figures mean: docs/benchmarks.md.",
     )
     parser.add_argument("--suite", action="append", choices=SUITES, help="only this one (may be repeated)")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default float32 (may be repeated)")
+    parser.add_argument("--dtype", action="append", choices=DTYPES,
+                        help="default float32, on a GPU bfloat16 too (may be repeated)")  # fmt: skip
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default cpu")
     parser.add_argument("--threads", type=int, help="threads of both sides (default: PyTorch's)")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rows, fewer rounds: two minutes")
     parser.add_argument("--compile", action="store_true", help="torch.compile as a baseline of every row, not only of "
-                        "train and conv+relu+pool (tens of seconds a row)")  # fmt: skip
+                        "train and conv+relu+pool (tens of seconds a row; on a GPU it tunes, minutes)")  # fmt: skip
     parser.add_argument("--winograd", choices=["off", "default", "fast"], default="default",
                         help="fastnn.backends.cpu.winograd, of every row")  # fmt: skip
     parser.add_argument("--thp", action="store_true", help=f"measure everything again under {THP}=1 and show both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write ratios.png and roofline.png into DIR")
     parser.add_argument("--readme", action="store_true", help="rewrite the README's table: the CPU's or the GPU's")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FILE",
-                        help="measure nothing: plots and README from an earlier --json")  # fmt: skip
+    parser.add_argument("--from", dest="sources", type=Path, metavar="FILE", action="append",
+                        help="measure nothing: plots and README from an earlier --json (may be repeated)")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this PyTorch sees no CUDA device")
     return options
 
 
-def run_suite(name: str, dtypes: Sequence[torch.dtype], settings: Settings, peaks: dict[str, Any]) -> list[Row]:
-    """Measures a suite, printing each row as it is done."""
-    suite, rows = SUITES[name], []
+def run_suite(
+    name: str, dtypes: Sequence[torch.dtype], settings: Settings, peaks: dict[str, Any]
+) -> Iterator[list[Row]]:
+    """Measures a suite and gives each layer's rows, printing each row as it is done."""
+    suite = SUITES[name]
     work = [(dtype, layer) for dtype in dtypes for layer in suite.layers(settings)]
     with tqdm(work, desc=name, unit="layer", dynamic_ncols=True) as progress:
         for dtype, layer in progress:
             progress.set_postfix_str(layer.name)
+            rows: list[Row] = []
             for case in suite.cases(layer, dtype, settings):
-                for row in measure(case, settings):
-                    rows.append(row)
+                with tuned_cudnn(settings):  # which the case's float64 reference is not worth
+                    measured = measure(case, settings)
+                for row in measured:
                     progress.write(report.line(row, peaks))
-    return rows
+                rows += measured
+            yield rows
 
 
 def under_thp(options: argparse.Namespace, rows: Sequence[Row]) -> None:
@@ -94,17 +100,16 @@ def under_thp(options: argparse.Namespace, rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     failures = {}
-    if options.source:
-        run, rows = report.load(options.source)
+    if options.sources:
+        run, rows = report.load_all(options.sources)
     else:
-        options.suite, options.dtype = options.suite or list(SUITES), options.dtype or ["float32"]
+        options.suite = options.suite or list(SUITES)
+        options.dtype = options.dtype or ["float32"] + ["bfloat16"] * (options.device.type == "cuda")
         if options.threads:
             torch.set_num_threads(options.threads)
         torch.manual_seed(0)
         fastnn.backends.cpu.winograd = options.winograd
         settings = Settings(options.device, quick=options.quick, compile_all=options.compile)
-        if settings.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # native at its best: cuDNN tries its algorithms for every shape
         dtypes = [DTYPES[name] for name in options.dtype]
         run = machine.facts(options.device)
         stated = ("suite", "dtype", "quick", "compile", "winograd", "thp")
@@ -119,7 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = []
         for name in options.suite:
             try:
-                rows += run_suite(name, dtypes, settings, run["peaks"])
+                for of_layer in run_suite(name, dtypes, settings, run["peaks"]):
+                    rows += of_layer
+                    if options.json:  # a run that is cut has what it measured
+                        report.save(options.json, run, rows)
             except NotImplementedError as missing:
                 failures[name] = str(missing)
         if options.thp:

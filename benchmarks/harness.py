@@ -46,8 +46,8 @@ class Settings:
 
     @property
     def seconds(self) -> float:
-        """Time spent on the rounds of one case, about."""
-        return 0.25 if self.quick else 1.0
+        """Time spent on the rounds of one case, about. A GPU's are some 10 samples of half a millisecond each."""
+        return 0.25 if self.quick or self.device.type == "cuda" else 1.0
 
     @property
     def rounds(self) -> tuple[int, int]:
@@ -62,6 +62,7 @@ class Variant:
     name: str
     run: Callable[[], Sequence[Tensor]]
     ours: bool = False
+    graph: bool = False  # a CUDA graph: without what a call costs the host
 
 
 @dataclass(frozen=True)
@@ -165,26 +166,28 @@ def ours_of(op: str, function: Callable[..., Any], settings: Settings) -> dict[s
 
 def compiled(function: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
     """``torch.compile`` for the shapes at hand. Backward runs many times over one graph here, which a compiled function
-    only allows where it does not reuse the buffers of its forward. On a GPU it tunes; CUDA graphs are `with_graphs`."""
+    only allows where it does not reuse the buffers of its forward. On a GPU ``--compile`` tunes too, which takes many
+    times longer; CUDA graphs are `with_graphs`."""
     torch._functorch.config.donated_buffer = False
     torch._dynamo.reset()
-    mode = "max-autotune-no-cudagraphs" if settings.device.type == "cuda" else None
+    mode = "max-autotune-no-cudagraphs" if settings.device.type == "cuda" and settings.compile_all else None
     return torch.compile(function, dynamic=False, mode=mode)
 
 
 def graphed(
     run: Callable[[], Sequence[Tensor]], undo: Callable[[], None] = lambda: None
 ) -> Callable[[], Sequence[Tensor]]:
-    """``run`` as a CUDA graph, which its first call captures. ``undo`` takes back what one ``run`` has changed, so that
-    the first call's results are those of a first ``run``."""
+    """``run`` as a CUDA graph, which its first call captures. ``undo`` takes back what ``run`` has changed, so that the
+    first call's results are those of a first ``run``."""
     captured: list[tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]] = []
 
     def replay() -> Sequence[Tensor]:
         if not captured:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # what is made at a first call must not be in the graph
-                run()
+            with torch.cuda.stream(stream):  # what a first or second call makes or loads must not be in the graph
+                for _ in range(2):
+                    run()
             torch.cuda.current_stream().wait_stream(stream)
             undo()
             graph = torch.cuda.CUDAGraph()
@@ -216,11 +219,12 @@ def undo_steps(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 
 
 def with_graphs(variants: Sequence[Variant], pass_name: str, settings: Settings) -> list[Variant]:
-    """The variants, and on CUDA eager ones as CUDA graphs: of passes that begin with forward, which record nothing."""
+    """The variants, and on CUDA native's eager ones and ours as CUDA graphs: of passes that begin with forward, which
+    record nothing."""
     if settings.device.type != "cuda" or not pass_name.startswith("forward"):
         return list(variants)
-    eager = [v for v in variants if v.name.startswith("eager")]
-    return [*variants, *(Variant(f"graph of {v.name}", graphed(v.run)) for v in eager)]
+    captured = [v for v in variants if v.ours or v.name.startswith("eager")]
+    return [*variants, *(Variant(f"graph of {v.name}", graphed(v.run), v.ours, graph=True) for v in captured)]
 
 
 def error(results: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
@@ -340,6 +344,16 @@ def touch_memory(size: int) -> None:
         np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
 
 
+@contextmanager
+def tuned_cudnn(settings: Settings) -> Iterator[None]:
+    """Native at its best on a GPU: cuDNN tries its algorithms for every shape inside the block."""
+    torch._C._set_cudnn_benchmark(settings.device.type == "cuda")
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_benchmark(False)
+
+
 def _check(variant: Variant, case: Case, limit: float) -> Timing:
     """Runs a variant for the first time and compares its results with float64's."""
     note = None
@@ -356,7 +370,10 @@ def _check(variant: Variant, case: Case, limit: float) -> Timing:
 
 
 def measure(case: Case, settings: Settings) -> list[Row]:
-    """Checks every variant of the case, times the ones that are right, and gives a row for each of ours."""
+    """Checks every variant of the case, times the ones that are right, and gives a row for each of ours. A call of ours
+    is beside native's calls, a CUDA graph of ours beside native's graphs too."""
+    if not any(v.ours for v in case.variants):
+        return []
     tolerance = TOLERANCE[case.dtype]
     eager = next(v for v in case.variants if not v.ours)
     checked = {eager.name: _check(eager, case, math.inf)}
@@ -371,7 +388,6 @@ def measure(case: Case, settings: Settings) -> list[Row]:
         q1, median, q3 = (1e3 * q for q in statistics.quantiles(samples, n=4, method="inclusive"))
         was = checked[variant.name]
         checked[variant.name] = Timing(was.name, was.error, was.wrong, was.note, median, q1, q3, len(samples))
-    native = [checked[v.name] for v in case.variants if not v.ours]
     dtype = str(case.dtype).removeprefix("torch.")
     return [
         Row(
@@ -382,11 +398,11 @@ def measure(case: Case, settings: Settings) -> list[Row]:
             case.bound,
             case.flops,
             case.bytes,
-            ours=checked[v.name],
-            native=native,
+            ours=checked[mine.name],
+            native=[checked[v.name] for v in case.variants if not v.ours and (mine.graph or not v.graph)],
         )
-        for v in case.variants
-        if v.ours
+        for mine in case.variants
+        if mine.ours
     ]
 
 

@@ -106,7 +106,7 @@ def _fma_loop_gflops(dtype: torch.dtype) -> float:
 
 def _matmul_gflops(dtype: torch.dtype, device: torch.device) -> float:
     best = 0.0
-    for size in (256, 512, 1024, 2048):
+    for size in (256, 512, 1024, 2048, *((4096, 8192) if device.type == "cuda" else ())):
         a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
         seconds = _best_seconds(partial(torch.mm, a, b, out=torch.empty_like(a)), device)
         best = max(best, 2 * size**3 / seconds / 1e9)

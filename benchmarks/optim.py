@@ -85,11 +85,11 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
         arguments = arguments | IN_GRAPH[layer.optimizer]
         for name in ("foreach", "fused"):
             step = stepper(theirs, values, grads, graph=True, **arguments, **NATIVE[name])
-            variants.append(Variant(f"graph of {name}", step))
+            variants.append(Variant(f"graph of {name}", step, graph=True))
         for name, call in ours_of(layer.optimizer.lower(), lambda step: step(), settings).items():
             if name == "fastnn cuda":  # Triton's steps take a table from the host: no graph
                 step = stepper(ours, values, grads, graph=True, **arguments)
-                variants.append(Variant(f"{name}, graph", partial(call, step), ours=True))
+                variants.append(Variant(f"graph of {name}", partial(call, step), ours=True, graph=True))
     yield Case(
         suite="optim",
         layer=layer.name,

@@ -120,16 +120,26 @@ def row_from_json(fields: dict[str, Any]) -> Row:
 
 
 def save(path: Path, run: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Writes the machine's facts in ``run`` and every row as JSON."""
+    """Writes the machine's facts in ``run`` and every row as JSON, all of it or nothing."""
     content = {**run, "summary": summary(rows), "rows": [row_to_json(row, run["peaks"]) for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    new.replace(path)
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
     run = json.loads(path.read_text())
     del run["summary"]
     return run, [row_from_json(fields) for fields in run.pop("rows")]
+
+
+def load_all(paths: Sequence[Path]) -> tuple[dict[str, Any], list[Row]]:
+    """Several runs on one machine, of different suites or dtypes, as one: the facts are the last one's."""
+    runs = [load(path) for path in paths]
+    run = runs[-1][0]
+    run["peaks"]["gflops"] = {dtype: v for each, _ in runs for dtype, v in each["peaks"]["gflops"].items()}
+    return run, [row for _, rows in runs for row in rows]
 
 
 # README

@@ -140,15 +140,15 @@ def cases(layer: Layer, dtype: torch.dtype, settings: Settings) -> Iterator[Case
     variants += [Variant(f"compiled {layout}, fused", native(layout, "fused", compile_it=True)) for layout in LAYOUTS]
     if settings.device.type == "cuda":
         variants += [
-            Variant(f"graph of {how} {layout}, fused", native(layout, "fused", how == "compiled", graph=True))
-            for how in ("eager", "compiled")
+            Variant(f"graph of {how} {layout}, fused", native(layout, "fused", compile_it, graph=True), graph=True)
+            for how, compile_it in (("eager", False), ("compiled", True))
             for layout in LAYOUTS
         ]
     for name, call in ours_of("conv2d", lambda step: step(), settings).items():
         variants += [Variant(f"{name}, {how}", partial(call, ours(*way)), ours=True) for how, way in OURS.items()]
         if name == "fastnn cuda":  # Triton's Adam takes a table from the host: no graph
             variants += [
-                Variant(f"{name}, {how}, graph", partial(call, ours(*way, graph=True)), ours=True)
+                Variant(f"graph of {name}, {how}", partial(call, ours(*way, graph=True)), ours=True, graph=True)
                 for how, way in OURS.items()
             ]
     yield Case(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import shutil
 import sys
+from pathlib import Path
 
 
 def why_not(modules: list[str]) -> str | None:
@@ -29,10 +31,7 @@ def why_not(modules: list[str]) -> str | None:
         return f"torch {torch.__version__} is no CUDA build"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no GPU"
-    from torch.utils import cpp_extension
-
-    found = os.path.exists(f"{cpp_extension.CUDA_HOME}/bin/nvcc")
-    return None if found else "nvcc not found: CUDA_HOME names the folder of its toolkit"
+    return runpy.run_path(str(Path(__file__).parent.parent / "setup.py"))["why_no_cuda"]("1")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ import os
 import hypothesis
 import pytest
 import torch
-import torch.testing._internal.common_utils  # loads a hypothesis profile of its own: before ours
+from filelock import FileLock  # torch has it
+
+if importlib.util.find_spec("expecttest"):  # which it needs
+    import torch.testing._internal.common_utils  # loads a hypothesis profile of its own: before ours
 
 GPU = torch.accelerator.is_available()
 if not GPU:
@@ -27,6 +30,7 @@ hypothesis.settings.register_profile("explore", deadline=None, suppress_health_c
 hypothesis.settings.load_profile("fixed")
 
 INTERPRETED_EXAMPLES = 4
+COMPILED_EXAMPLES = 16  # by Triton on a GPU, most of a second for nearly every new shape
 BACKENDS = [f"cpu-{isa}" for isa in _C.available_isas()]
 if GPU and torch.version.cuda:
     BACKENDS.append("cuda")
@@ -79,6 +83,8 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[item for item in items if again(item)])
     items[:] = [item for item in items if not again(item)]
     for item in items:
+        if GPU and backend_of(item) in ("cuda", "triton"):
+            item.add_marker("gpu")
         if is_too_big(item):
             item.add_marker(pytest.mark.skip(reason="big: minutes in Triton's interpreter or in the emulation of CUDA"))
 
@@ -89,9 +95,10 @@ def pytest_runtest_call(item):
         if is_interpreted(item) or is_another_tier(item):
             for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
                 patch.setitem(check.__kwdefaults__, "fast_mode", True)
-        if is_interpreted(item) and hypothesis.is_hypothesis_test(item.obj):
+        if (is_interpreted(item) or backend_of(item) == "triton") and hypothesis.is_hypothesis_test(item.obj):
             settings = item.obj._hypothesis_internal_use_settings
-            examples = min(INTERPRETED_EXAMPLES, settings.max_examples)
+            most = INTERPRETED_EXAMPLES if is_interpreted(item) else COMPILED_EXAMPLES
+            examples = min(most, settings.max_examples)
             fewer = hypothesis.settings(settings, max_examples=examples, phases=[hypothesis.Phase.generate])
             patch.setattr(item.obj, "_hypothesis_internal_use_settings", fewer)
         return (yield)
@@ -147,6 +154,20 @@ def no_tf32():
     allow_tf32(False)
     yield
     allow_tf32(True)
+
+
+@pytest.fixture
+def need_memory(tmp_path_factory):
+    """Skips the test where the GPU has not so many GiB to spare; of such tests, one at a time in all the processes."""
+
+    def need(gib):
+        torch.cuda.empty_cache()  # what other tests of this process freed
+        if torch.cuda.mem_get_info()[0] < gib << 30:
+            pytest.skip(f"needs {gib} GiB of free GPU memory")
+
+    with FileLock(tmp_path_factory.getbasetemp().parent / "gpu-memory.lock"):
+        yield need
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")

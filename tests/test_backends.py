@@ -517,6 +517,7 @@ def test_cpu_tensors_need_the_interpreter():
 # ---- python -m fastnn ----
 
 
+@pytest.mark.gpu
 def test_command_for_machines():
     interpreted = {} if torch.accelerator.is_available() else {"TRITON_INTERPRET": "1"}
     done = python("-m", "fastnn", "--json", **interpreted)

@@ -107,6 +107,24 @@ def test_wrong_results_are_neither_timed_nor_compared_with():
     assert "compiled left out: wrong, error 1.0e+00" in report.line(good, PEAKS)
 
 
+def test_a_call_is_compared_with_calls_and_a_graph_with_everything():
+    def variant(name, **kind):
+        return Variant(name, lambda: [torch.ones(8)], **kind)
+
+    variants = [variant("eager"), variant("graph of eager", graph=True), variant("fastnn", ours=True)]
+    variants.append(variant("graph of fastnn", ours=True, graph=True))
+    call, graph = measure(case_of(variants, [torch.ones(8, dtype=torch.float64)]), QUICK)
+    assert (call.ours.name, [t.name for t in call.native]) == ("fastnn", ["eager"])
+    assert (graph.ours.name, [t.name for t in graph.native]) == ("graph of fastnn", ["eager", "graph of eager"])
+
+
+def test_a_case_without_fastnn_is_not_run():
+    def never():
+        raise AssertionError
+
+    assert measure(case_of([Variant("eager", never)], []), QUICK) == []
+
+
 @pytest.mark.parametrize(("size", "dtype", "reason"), [(1 << 15, torch.int32, "int32"), (4, torch.float32, "small")])
 def test_a_call_that_went_native_is_noted(size, dtype, reason):
     def ours():
@@ -224,12 +242,11 @@ def test_a_gpu_has_a_row_for_every_backend_and_native_at_its_best(monkeypatch):
     assert names == {f"{name} {layout}" for name in who for layout in conv2d.LAYOUTS}
     assert set(cross_entropy.functions(gpu)) == set(who)
     variants = [Variant(name, list, ours=name.startswith("fastnn")) for name in who]
-    for pass_name, more in (
-        ("forward", ["graph of eager"]),
-        ("forward+backward", ["graph of eager"]),
-        ("backward", []),
-    ):
-        assert [v.name for v in harness.with_graphs(variants, pass_name, gpu)] == [*who, *more]
+    graphs = [(f"graph of {name}", name != "eager", True) for name in who if name != "compiled"]
+    for pass_name, more in (("forward", graphs), ("forward+backward", graphs), ("backward", [])):
+        with_them = harness.with_graphs(variants, pass_name, gpu)
+        assert with_them[: len(who)] == variants
+        assert [(v.name, v.ours, v.graph) for v in with_them[len(who) :]] == more
     assert harness.with_graphs(variants, "forward", QUICK) == variants
     with fastnn.backend("torch"):
         assert harness.ours_of("relu", fastnn.dispatch.forced, gpu)["fastnn triton"]() == "triton"
@@ -253,6 +270,7 @@ def test_steps_are_undone(module, name):
     assert all(optimizer.state[parameter][key] is entry for key, entry in state.items())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or fastnn.dispatch.why_off("cuda", "adam", torch.device("cuda")) is not None,
     reason="CUDA graphs need a GPU, and the kernels for it",
@@ -311,6 +329,42 @@ def test_command_writes_json_plots_and_the_same_again_from_the_json(tmp_path, mo
     assert command.main(["--from", str(file), "--json", str(again)]) == 0
     assert again.read_text() == file.read_text()
     assert "geometric mean" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cut_has_written_what_it_measured(tmp_path, monkeypatch, fixed_peaks):
+    layers = [relu.Layer((4, 4)), relu.Layer((4, 5))]
+    monkeypatch.setattr(relu, "LAYERS", layers)
+
+    def cut(case, settings):
+        if case.layer == layers[1].name:
+            raise KeyboardInterrupt
+        return measure(case, settings)
+
+    monkeypatch.setattr(command, "measure", cut)
+    file = tmp_path / "r.json"
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--suite", "relu", "--quick", "--json", str(file)])
+    run, rows = report.load(file)
+    assert {r.layer for r in rows} == {layers[0].name}
+
+    def cut_again(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", cut_again)
+    with pytest.raises(KeyboardInterrupt):
+        report.save(file, run, [])
+    assert report.load(file) == (run, rows)
+
+
+def test_runs_of_different_dtypes_are_shown_as_one(tmp_path, capsys):
+    files = []
+    for dtype in ("float32", "bfloat16"):
+        files += ["--from", str(tmp_path / f"{dtype}.json")]
+        run = {**run_facts(), "peaks": {**PEAKS, "gflops": {dtype: 100.0}}}
+        report.save(tmp_path / f"{dtype}.json", run, [row(dtype=dtype)])
+    assert command.main([*files, "--json", str(tmp_path / "both.json")]) == 0
+    run, rows = report.load(tmp_path / "both.json")
+    assert [r.dtype for r in rows] == list(run["peaks"]["gflops"]) == ["float32", "bfloat16"]
 
 
 def test_a_suite_whose_function_is_missing_fails_plainly_after_the_others(monkeypatch, fixed_peaks, capsys):

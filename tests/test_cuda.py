@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -13,9 +14,12 @@ import fastnn
 import fastnn.nn.functional as F
 import fastnn.optim
 
-pytestmark = pytest.mark.skipif(
-    fastnn.dispatch.CUDA_OFF is not None, reason=f"no CUDA kernels here: {fastnn.dispatch.CUDA_OFF}"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        fastnn.dispatch.CUDA_OFF is not None, reason=f"no CUDA kernels here: {fastnn.dispatch.CUDA_OFF}"
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -89,8 +93,9 @@ def test_a_captured_step_replays_as_the_eager_one(name):
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
+        with torch.cuda.stream(stream):  # a second step launches what a first did not, and no capture may load that
+            for _ in range(2):
+                step()
         torch.cuda.current_stream().wait_stream(stream)
         if captured:
             graph = torch.cuda.CUDAGraph()
@@ -138,12 +143,6 @@ def test_other_devices():
 # ---- more elements than 31 bits count ----
 
 
-def need_memory(gib):
-    torch.cuda.empty_cache()  # what the last test freed
-    if torch.cuda.mem_get_info()[0] < gib << 30:
-        pytest.skip(f"needs {gib} GiB of free GPU memory")
-
-
 def zeros_but_the_last(count):
     x = torch.zeros(count, dtype=torch.bfloat16, device="cuda")
     x[-1] = 2
@@ -156,7 +155,7 @@ def some_elements(x):
 
 
 @pytest.mark.big
-def test_relu_of_more_than_2_to_the_31_elements():
+def test_relu_of_more_than_2_to_the_31_elements(need_memory):
     need_memory(16)
     x = torch.full((2**31 + 4096,), -1.0, dtype=torch.bfloat16, device="cuda")
     x[-1] = 2
@@ -169,7 +168,7 @@ def test_relu_of_more_than_2_to_the_31_elements():
 
 @pytest.mark.big
 @pytest.mark.parametrize("shape", [(2**19 + 1, 4096), (17, 1024, 2**17)], ids=["rows", "columns"])
-def test_cross_entropy_of_more_than_2_to_the_31_logits(shape):
+def test_cross_entropy_of_more_than_2_to_the_31_logits(need_memory, shape):
     need_memory(16)
     x = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
     x[-1].normal_()
@@ -186,7 +185,7 @@ def test_cross_entropy_of_more_than_2_to_the_31_logits(shape):
 
 @pytest.mark.big
 @pytest.mark.parametrize("name", ["Adam", "SGD"])
-def test_a_step_of_more_than_2_to_the_31_elements(name):
+def test_a_step_of_more_than_2_to_the_31_elements(need_memory, name):
     need_memory(24)
     param = zeros_but_the_last(2**31 + 4096).requires_grad_()
     param.grad = zeros_but_the_last(2**31 + 4096)
@@ -207,7 +206,7 @@ def test_a_step_of_more_than_2_to_the_31_elements(name):
         pytest.param(F.conv2d_relu_max_pool2d, (8, 64, 3, 3), {"padding": 1}, id="pooled"),
     ],
 )
-def test_convolutions_of_more_than_2_to_the_31_elements(function, weight_shape, kwargs, memory_format):
+def test_convolutions_of_more_than_2_to_the_31_elements(need_memory, function, weight_shape, kwargs, memory_format):
     need_memory(24)
     images = torch.zeros(2049, 64, 128, 128, dtype=torch.bfloat16, device="cuda").to(memory_format=memory_format)
     images[-1].normal_()
@@ -218,8 +217,10 @@ def test_convolutions_of_more_than_2_to_the_31_elements(function, weight_shape, 
         output = function(*leaves, **kwargs)
         results.append([output.detach()[-1], *torch.autograd.grad(output[-1].sum(), leaves)])
         results[-1][1] = results[-1][1][-1]
+    # The weight's gradient sums 2**14 products of either sign, in slices that hang on the batch: up to 2**10 steps of a
+    # matrix unit, each of which cuts off some 2**-24 of the 2**7 that the sum has reached, however little it ends with.
     for large, small in zip(*results, strict=True):
-        torch.testing.assert_close(large, small)
+        torch.testing.assert_close(large, small, rtol=2**-6, atol=2**-7)
 
 
 # ---- errors ----
@@ -256,4 +257,5 @@ except RuntimeError as error:
     print("raised", error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert "raised relu_: " in done.stdout, done.stdout + done.stderr
+    # torch's own check puts the place in our sources before it
+    assert re.search("^raised .*, relu_: device-side assert", done.stdout, re.MULTILINE), done.stdout + done.stderr

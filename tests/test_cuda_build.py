@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.utils.cpp_extension
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "cuda-test"
@@ -46,12 +47,16 @@ KERNEL = re.compile(
 )
 
 
+def make_toolkit(folder: Path, release: str) -> None:
+    for file in ("bin/nvcc", "include/cuda.h"):
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    (folder / "bin/nvcc").chmod(0o755)
+
+
 @pytest.mark.parametrize(("release", "blackwell"), [("12.6", False), ("12.8", True), ("13.0", True)])
 def test_an_nvcc_is_asked_for_what_it_knows(release, blackwell, tmp_path, monkeypatch):
-    for file in ("bin/nvcc", "include/cuda.h"):
-        (tmp_path / file).parent.mkdir()
-        (tmp_path / file).write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
-    (tmp_path / "bin/nvcc").chmod(0o755)
+    make_toolkit(tmp_path, release)
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     why_no_cuda = runpy.run_path(str(ROOT / "setup.py"))["why_no_cuda"]
@@ -61,6 +66,20 @@ def test_an_nvcc_is_asked_for_what_it_knows(release, blackwell, tmp_path, monkey
     why_no_cuda("1")
     assert ("12.0" in os.environ["TORCH_CUDA_ARCH_LIST"]) == blackwell
     assert "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]
+
+
+@pytest.mark.parametrize("torchs", ["wrapper", None])
+def test_a_toolkit_is_one_with_headers(torchs, tmp_path, monkeypatch):
+    """Torch takes the folder around the nvcc in PATH for a toolkit, which may be a wrapper's."""
+    make_toolkit(tmp_path / "wrapper", "13.0")
+    (tmp_path / "wrapper/include/cuda.h").unlink()
+    make_toolkit(tmp_path / "toolkit", "13.0")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", torchs and str(tmp_path / torchs))
+    monkeypatch.setenv("PATH", str(tmp_path / "wrapper/bin"), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    runpy.run_path(str(ROOT / "setup.py"))["why_no_cuda"]("1")
+    assert str(tmp_path / "toolkit") == torch.utils.cpp_extension.CUDA_HOME
 
 
 def lacking(*modules: str, **more: str) -> subprocess.CompletedProcess[str]:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from optimizers import CLASSES, DTYPES, LAYOUTS, SHAPES, TYPICAL, Pair, options, special, values_of
 from reference import mostly_big
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.testing._internal.common_optimizers import optim_db
 from torch.utils._python_dispatch import TorchDispatchMode
+from wheel import optimizer_info
 
 import fastnn.optim
 
@@ -605,15 +605,12 @@ def test_uncovered(backend, name, what):
 
 # ---- the inputs torch ships ----
 
-DB = [info for info in optim_db if info.optim_cls.__name__ in CLASSES]
 
-
-@pytest.mark.parametrize("info", DB, ids=lambda i: i.optim_cls.__name__)
+@each
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
-def test_optim_db_inputs(backend, info, dtype, flags):
-    name = info.optim_cls.__name__
-    for case in info.optim_inputs_func(device="cpu", dtype=dtype):
+def test_optim_db_inputs(backend, name, dtype, flags):
+    for case in optimizer_info(name).optim_inputs_func(device="cpu", dtype=dtype):
         pair = Pair(name, values_of([(10, 5), (10,)], dtype), **{**case.kwargs, **flags})
         for seed in range(4):
             pair.set_grads(values_of([(10, 5), (10,)], dtype, seed=seed))
@@ -622,9 +619,9 @@ def test_optim_db_inputs(backend, info, dtype, flags):
         pair.assert_equal(*([tolerance] * 2 if dtype is torch.float64 else [1e-6, 1e-7]))
 
 
-@pytest.mark.parametrize("info", DB, ids=lambda i: i.optim_cls.__name__)
-def test_optim_db_error_inputs(backend, info):
-    for case in info.optim_error_inputs_func(device="cpu", dtype=torch.float64):
+@each
+def test_optim_db_error_inputs(backend, name):
+    for case in optimizer_info(name).optim_error_inputs_func(device="cpu", dtype=torch.float64):
         raised = []
         for module in (fastnn.optim, torch.optim):
             given_params = case.optimizer_error_input.params
@@ -632,7 +629,7 @@ def test_optim_db_error_inputs(backend, info):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 with pytest.raises(case.error_type, match=case.error_regex) as e:  # noqa: PT012
-                    optimizer = getattr(module, info.optim_cls.__name__)(params, **case.optimizer_error_input.kwargs)
+                    optimizer = getattr(module, name)(params, **case.optimizer_error_input.kwargs)
                     optimizer.step()
             raised.append((type(e.value), str(e.value)))
         assert raised[0] == raised[1], case.optimizer_error_input.desc

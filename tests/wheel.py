@@ -1,10 +1,13 @@
-"""The sample and error inputs that ship inside the torch wheel, for operators and modules, and errors to compare."""
+"""The sample and error inputs that ship inside the torch wheel, for operators, modules and optimizers, and errors to
+compare."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -13,30 +16,35 @@ def here() -> str:
     return str(torch.get_default_device())
 
 
-# torch's databases take seconds to import: they are imported by the tests that ask for them.
+def _database(module: str) -> Any:
+    """A module of torch's databases, which take seconds to import: the tests that ask for one import it."""
+    pytest.importorskip("expecttest", reason="torch's own samples need expecttest")
+    return importlib.import_module(f"torch.testing._internal.{module}")
 
 
 def op_info(name: str) -> Any:
     """The OpInfo of ``torch.nn.functional.<name>``."""
-    from torch.testing._internal.common_methods_invocations import op_db
-
+    op_db = _database("common_methods_invocations").op_db
     (info,) = (op for op in op_db if op.name == f"nn.functional.{name}")
     return info
 
 
 def module_info(name: str) -> Any:
     """The ModuleInfo of ``torch.nn.<name>``."""
-    from torch.testing._internal.common_modules import module_db
+    (info,) = (m for m in _database("common_modules").module_db if m.name == f"nn.{name}")
+    return info
 
-    (info,) = (m for m in module_db if m.name == f"nn.{name}")
+
+def optimizer_info(name: str) -> Any:
+    """The OptimizerInfo of ``torch.optim.<name>``."""
+    (info,) = (o for o in _database("common_optimizers").optim_db if o.optim_cls.__name__ == name)
     return info
 
 
 def older_module_tests(name: str) -> list[dict[str, Any]]:
     """The cases of ``torch.nn.<name>`` in the lists that were there before ModuleInfo."""
-    from torch.testing._internal.common_nn import get_new_module_tests, module_tests
-
-    tests = [*module_tests, *get_new_module_tests()]
+    lists = _database("common_nn")
+    tests = [*lists.module_tests, *lists.get_new_module_tests()]
     return [t for t in tests if t.get("module_name") == name or t.get("fullname", "").startswith(f"{name}_")]
 
 

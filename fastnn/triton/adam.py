@@ -29,7 +29,7 @@ from fastnn.triton.tensor_lists import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["records", "parameters"])
 def update_kernel(
     table_ptr,
     numbers_ptr,  # found_inf, 1 - lr weight_decay, grad_scale

@@ -72,7 +72,7 @@ def _class_weights(
     return tl.where(mask, a, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def forward_kernel(
     x_ptr,
     p_ptr,
@@ -153,7 +153,7 @@ def forward_kernel(
     tl.store(stats_ptr + tl.full((), 2, tl.int64) * rows + row, weight, mask=in_range)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "grad_row", "ignore_index"])
 def backward_kernel(
     grad_ptr,
     x_ptr,

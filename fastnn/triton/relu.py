@@ -4,7 +4,8 @@ Blocking: BLOCK elements a program, the tail masked. Tensors are walked as they 
 strides than the result is gathered into the result's order first.
 Bytes: forward reads and writes each element once, backward reads two and writes one; one compare and one select an
 element, so memory-bound on every GPU.
-Torch's conventions: NaN passes through both ways (the gradient's mask is ``not (y <= 0)``), and -0 stays -0.
+Torch's conventions: NaN passes through both ways (the gradient's mask is ``not (y <= 0)``), and -0 stays -0, as on the
+CPU.
 """
 
 from __future__ import annotations

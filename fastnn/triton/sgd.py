@@ -21,7 +21,7 @@ from fastnn.triton.arguments import check
 from fastnn.triton.tensor_lists import check_operands, divide, number, program_chunk, tensor_of, update_all
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["records"])
 def update_kernel(
     table_ptr,
     numbers_ptr,  # found_inf, grad_factor, step_factor, grad_scale

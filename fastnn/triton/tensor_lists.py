@@ -38,8 +38,7 @@ TL_DTYPES = {
 def program_chunk(table_ptr, numbers_ptr, records, OPERANDS: tl.constexpr, CHUNK: tl.constexpr):
     """This program's record, and offsets and mask of its elements, none of which counts in a step to be skipped."""
     programs = tl.num_programs(0)
-    # A number that is 1 is a constant in a compiled kernel, which has no .to().
-    mine = table_ptr + records * tl.full((), OPERANDS + 2, tl.int64) + tl.program_id(0)
+    mine = table_ptr + records.to(tl.int64) * (OPERANDS + 2) + tl.program_id(0)
     record = table_ptr + tl.load(mine) * (OPERANDS + 2)
     i = tl.load(mine + programs) * CHUNK + tl.arange(0, CHUNK)
     count = tl.where(tl.load(numbers_ptr) == 0, tl.load(record + OPERANDS), 0)

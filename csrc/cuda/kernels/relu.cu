@@ -4,7 +4,8 @@
 // and reads all of them before it writes the first. Memory that is not aligned to 16 bytes goes element by element.
 // Bytes: forward reads and writes each element once (2 * count * sizeof(T)), backward reads two and writes one; one
 // compare and one select an element: memory-bound.
-// Torch's conventions: NaN passes through both ways (the gradient's mask is !(y <= 0)), and -0 stays -0.
+// Torch's conventions: NaN passes through both ways (the gradient's mask is !(y <= 0)). -0 stays -0, as on the CPU; of
+// torch's own CUDA kernel it may become 0 (2.11).
 #include "cuda/kernels/relu.h"
 
 #include "cuda/kernels/launch.h"
