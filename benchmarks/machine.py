@@ -41,16 +41,16 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git(*args: str) -> str | None:
+def _commit() -> str | None:
     if shutil.which("git") is None:
         return None
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Machine, software, commit and date, as they stand in the JSON file."""
-    commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return {
         "machine": {
             "cpu": _cpu_model(),
@@ -65,7 +65,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         },
         "software": {"python": platform.python_version(), "torch": torch.__version__, "compiler": _C.compiler},
         "allocator": {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ},
-        "commit": commit and commit + ("+changes" if changed else ""),
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

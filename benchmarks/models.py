@@ -294,7 +294,7 @@ def where() -> str:
     cpu, software = facts["machine"], facts["software"]
     return (
         f"{cpu['cpu']}, {cpu['threads']} threads, {cpu['isa']} kernels; torch {software['torch']}, "
-        f"transformers {transformers.__version__}; commit {(facts['commit'] or 'unknown')[:12]}, {facts['date'][:10]}"
+        f"transformers {transformers.__version__}; commit {facts['commit'] or 'unknown'}, {facts['date'][:10]}"
     )
 
 

@@ -167,7 +167,7 @@ def where(run: dict[str, Any]) -> str:
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, {machine['isa']} kernels; measured peak "
         f"{gflops}, copy {run['peaks']['copy_gbs']:.0f} GB/s; "
         f"torch {software['torch']}, compiler {software['compiler']}; "
-        f"commit {(run['commit'] or 'unknown')[:12]}, {run['date'][:10]}"
+        f"commit {run['commit'] or 'unknown'}, {run['date'][:10]}"
     )
 
 

@@ -367,6 +367,19 @@ def test_runs_of_different_dtypes_are_shown_as_one(tmp_path, capsys):
     assert [r.dtype for r in rows] == list(run["peaks"]["gflops"]) == ["float32", "bfloat16"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "--threads 0: expected 1 or more"),
+        (["--from", "/nowhere/a.json"], "--from /nowhere/a.json: there is no such file"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_a_suite_whose_function_is_missing_fails_plainly_after_the_others(monkeypatch, fixed_peaks, capsys):
     monkeypatch.setattr(relu, "LAYERS", [relu.Layer((4, 4))])
     monkeypatch.setattr(fastnn.nn.functional, "cross_entropy", torch.nn.functional.cross_entropy)
