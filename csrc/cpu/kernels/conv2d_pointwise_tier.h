@@ -9,9 +9,9 @@
 // channels_last they are read where they lie, or, with the padding around them, from a copy of the block, as pixels of
 // NCHW are; results of NCHW stay in scratch until a panel is done, and leave transposed.
 // By column (1 x 1 of NCHW, without padding): rows are results, of a weight packed once a call in the order they are
-// read; vectors are pixels, and panels a block of pixels', packed by each task into the L2 cache. One panel at a time
-// is in the L1 cache, and all of the weight passes by.
-// Memory: what comes next is fetched while this is computed, as neither order is one the hardware foresees.
+// read; vectors are pixels. The first tile reads them from their channels and leaves them as a panel in the L1 cache
+// for the others, of all results. Memory: what comes next is fetched while this is computed, as neither order is one
+// the hardware foresees.
 //
 // Operations: 2 * pixels * window * channels * results; bytes: each tensor once, the weight once a block of pixels.
 
@@ -20,9 +20,8 @@ constexpr int kRows = 12;
 #else
 constexpr int kRows = 6;
 #endif
-constexpr int64_t kPassBytes = 16 << 10;  // of the weights, in the L1 cache for all the tiles of a block
-constexpr int64_t kColumnPassBytes = 16 << 10;
-constexpr int kL2 = 2;  // what is fetched goes there, not to the L1 cache
+constexpr int64_t kPassBytes = 16 << 10;  // of a panel, in the L1 cache for all the tiles that use it
+constexpr int kL2 = 2;                    // what is fetched goes there, not to the L1 cache
 
 // What operands are read from: a type of which kTermsOf<P> neighbours are one.
 template <class P>
@@ -429,7 +428,7 @@ void run_points_by_column(const PointConv& w, void* scratch, int64_t begin, int6
   constexpr int64_t kWidth = 2 * kLanes<A>;
   const TapConv& p = w.conv;
   const int64_t channels = p.group_channels, depth = operands<P>(channels), blocks = ceil_div(p.group_results, kRows);
-  const int64_t pass_terms = least(channels, kColumnPassBytes / (kWidth * int64_t(sizeof(P))) * kTermsOf<P>);
+  const int64_t pass_terms = least(channels, kPassBytes / (kWidth * int64_t(sizeof(P))) * kTermsOf<P>);
   P* const panel = static_cast<P*>(scratch);
   A* const partial = reinterpret_cast<A*>(panel + operands<P>(pass_terms) * kWidth);
   RowTile<T> b;
