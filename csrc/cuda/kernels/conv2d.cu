@@ -11,8 +11,9 @@
 // direct_grad_weight_kernel: the same of the weight's gradient. A thread sums three products, of 16 bytes of channels
 //   where it may, over its share of a slice of the positions, and the block its threads', by halves. Bytes: both
 //   operands once for every three products. Without a source, the bias's gradient.
-// sum_slices_kernel: adds what blocks summed over slices of the positions, in order: shape alone decides how many, so
-//   the bits are the same every time.
+// sum_slices_kernel: adds what blocks summed over slices of the positions. Neighbouring threads take neighbouring sums,
+//   and the block's others other slices of the same, which are then added by halves: where there are few sums, slices
+//   are many. Shape alone decides how many, so the bits are the same every time.
 // pool_kernel: max-pools results that lie in memory, where windows overlap or are larger than a tile.
 #include "cuda/kernels/conv2d.h"
 
@@ -133,6 +134,18 @@ __global__ void __launch_bounds__(kThreads, 1) direct_conv_kernel(const __grid_c
   }
 }
 
+// Adds up rows of what each thread of a block has, which are `lanes` apart: the first `lanes` threads have the sums.
+template <class A, int kRows>
+__device__ void add_by_halves(A (&of_thread)[kRows][kThreads], int lanes) {
+  const int thread = int(threadIdx.x);
+  for (int half = kThreads / 2; half >= lanes; half /= 2) {
+    __syncthreads();
+    if (thread < half)
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) of_thread[row][thread] += of_thread[row][thread + half];
+  }
+}
+
 // N > 1: depthwise. Without data the source is 1 wherever the gradient is. lanes: neighbouring threads that take
 // neighbouring channels, a power of two.
 template <class T, int N>
@@ -187,12 +200,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int k = 0; k < kEntries; ++k)
 #pragma unroll
     for (int e = 0; e < N; ++e) of_thread[k * N + e][thread] = sums[k][e];
-  for (int half = kThreads / 2; half >= lanes; half /= 2) {
-    __syncthreads();
-    if (thread < half)
-#pragma unroll
-      for (int s = 0; s < kEntries * N; ++s) of_thread[s][thread] += of_thread[s][thread + half];
-  }
+  add_by_halves(of_thread, lanes);
   if (thread >= lanes || channel >= channels) return;
 #pragma unroll
   for (int k = 0; k < kEntries; ++k)
@@ -207,7 +215,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 struct SumArgs {
   const void* partials;
-  int64_t slices, count;  // elements of one
+  int64_t count;  // elements of a slice
+  int slices;
+  int lanes;  // neighbouring threads that take neighbouring elements, a power of two
   Divisor results, depth, channels;
   int taps;
   void* result;
@@ -215,15 +225,23 @@ struct SumArgs {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) sum_slices_kernel(const SumArgs args) {
-  const int64_t index = thread_index();
-  if (index >= args.count) return;
-  const auto* partial = static_cast<const Accumulator<T>*>(args.partials) + index;
-  Accumulator<T> sum = *partial;
-  for (int64_t slice = 1; slice < args.slices; ++slice) sum += partial[slice * args.count];
+  using A = Accumulator<T>;
+  const int thread = int(threadIdx.x);
+  const int64_t index = int64_t(blockIdx.x) * args.lanes + thread % args.lanes;
+  __shared__ A of_thread[1][kThreads];
+  const int step = kThreads / args.lanes, first = thread / args.lanes;
+  const A* partial = static_cast<const A*>(args.partials) + first * args.count + index;
+  A sum = 0;
+  if (index < args.count)
+#pragma unroll 4
+    for (int slice = first; slice < args.slices; slice += step, partial += step * args.count) sum += *partial;
+  of_thread[0][thread] = sum;
+  add_by_halves(of_thread, args.lanes);
+  if (thread >= args.lanes || index >= args.count) return;
   int64_t n = index, entry = divide_off(n, args.results);
   const int64_t group = divide_off(entry, args.depth), tap = divide_off(entry, args.channels);
   const int64_t row = (group * args.results.divisor + n) * args.channels.divisor + entry;
-  static_cast<T*>(args.result)[row * args.taps + tap] = narrow<T>(sum);
+  static_cast<T*>(args.result)[row * args.taps + tap] = narrow<T>(of_thread[0][thread]);
 }
 
 struct PoolArgs {
@@ -406,15 +424,19 @@ cudaError_t launch_direct_grad_weight(const GradWeightArgs& args, const Slices& 
 template <class T>
 cudaError_t launch_sum(const GradWeightArgs& args, int64_t slices, void* result, cudaStream_t stream) {
   const int64_t count = int64_t(args.problem.groups) * args.problem.group_results * args.taps.depth;
+  // A thread sums four slices or more; a row of lanes reads whole sectors of 32 bytes.
+  int lanes = kThreads;
+  while (lanes > 8 && slices * lanes >= 8 * kThreads) lanes /= 2;
   const SumArgs sum{args.partials,
-                    slices,
                     count,
+                    int(slices),
+                    lanes,
                     Divisor(args.problem.group_results),
                     Divisor(args.taps.depth),
                     Divisor(args.taps.channels),
                     args.taps.depth / args.taps.channels,
                     result};
-  return launch(sum_slices_kernel<T>, ceil_div(count, kThreads), kThreads, stream, sum);
+  return launch(sum_slices_kernel<T>, ceil_div(count, lanes), kThreads, stream, sum);
 }
 
 }  // namespace
