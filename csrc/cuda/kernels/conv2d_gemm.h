@@ -80,17 +80,21 @@ class PixelLoader {
   template <class PositionOf>
   __device__ void set_positions(const PositionOf& position_of) {
 #pragma unroll
-    for (int u = 0; u < kOwn; ++u) {
-      positions_[u] = position_of(row_of(u));
-      positions_[u].row = taps_.rows.first + positions_[u].row * taps_.rows.step;
-      positions_[u].col = taps_.cols.first + positions_[u].col * taps_.cols.step;
+    for (int u = 0; u < kOwnRows; ++u) {
+      Position& p = positions_[u];
+      p = position_of(row_of(u));
+      p.row = taps_.rows.first + p.row * taps_.rows.step;
+      p.col = taps_.cols.first + p.col * taps_.cols.step;
+      places_[u] = first_place<T>(source_) + step_of<kMasked>(source_, p.n, first_channel_, p.row, p.col);
+      if (p.n < 0) p.row = kNowhere;
     }
   }
   __device__ void set_entries(int first) {
 #pragma unroll
-    for (int u = 0; u < kOwn; ++u) {
+    for (int u = 0; u < kOwnChunks; ++u) {
       indices_[u] = first + chunk_of(u) * N;
       entries_[u] = entry_of(taps_, indices_[u]);
+      steps_[u] = step_to(entries_[u]);
     }
   }
   // Starts to load; the tile is complete once `finish` has been called and its copies have been waited for.
@@ -98,10 +102,8 @@ class PixelLoader {
 #pragma unroll
     for (int u = 0; u < kOwn; ++u) {
       if constexpr (kAccess == Access::kCopies) {
-        const int row = row_at(u, entries_[u]), col = col_at(u, entries_[u]);
-        const bool valid = has(u, indices_[u], row, col);
-        const int64_t at = valid ? offset(source_.stride, positions_[u].n, channel(entries_[u]), row, col) : 0;
-        start_copy(&tile.chunk(row_of(u), chunk_of(u)), static_cast<const T*>(source_.data) + at, valid);
+        start_copy(&tile.chunk(row_of(u), chunk_of(u)), (place_of(u) + steps_[u % kOwnChunks]).data,
+                   has(u, index_of(u), entries_[u % kOwnChunks]));
       } else {
         packs_[u] = load(u);
       }
@@ -116,8 +118,10 @@ class PixelLoader {
 
  private:
   static constexpr int N = Tile::kElements, kOwn = kRows * Tile::kChunks / kThreads;
-  // Threads that are neighbours take chunks that are neighbours in memory: of a row, or of a column.
+  // Threads that are neighbours take chunks that are neighbours in memory: of a row, or of a column. A thread's own are
+  // one of each of its rows, or all of one.
   static constexpr bool kAlongRows = kAccess == Access::kCopies || kAccess == Access::kPacks;
+  static constexpr int kOwnRows = kAlongRows ? kOwn : 1, kOwnChunks = kAlongRows ? 1 : kOwn;
   static constexpr bool kMasked = kAccess == Access::kPacks || kAccess == Access::kMaskedElements;
   static_assert(kAlongRows ? kThreads % Tile::kChunks == 0 : kThreads % kRows == 0);
 
@@ -127,25 +131,30 @@ class PixelLoader {
   __device__ static int chunk_of(int u) {
     return kAlongRows ? int(threadIdx.x) % Tile::kChunks : int(threadIdx.x) / kRows + u * (kThreads / kRows);
   }
-  __device__ int row_at(int u, const Entry& entry) const { return positions_[u].row + entry.i * taps_.rows.tap; }
-  __device__ int col_at(int u, const Entry& entry) const { return positions_[u].col + entry.j * taps_.cols.tap; }
-  __device__ int channel(const Entry& entry) const { return first_channel_ + entry.channel; }
-  __device__ bool has(int u, int index, int row, int col) const {
-    return positions_[u].n >= 0 && index < taps_.depth && source_.has(row, col);
+  __device__ const Position& position_of(int u) const { return positions_[u % kOwnRows]; }
+  __device__ const Place<T>& place_of(int u) const { return places_[u % kOwnRows]; }
+  __device__ int index_of(int u) const { return indices_[u % kOwnChunks]; }
+
+  __device__ int row_at(int u, const Entry& entry) const { return position_of(u).row + entry.i * taps_.rows.tap; }
+  __device__ int col_at(int u, const Entry& entry) const { return position_of(u).col + entry.j * taps_.cols.tap; }
+  __device__ Step step_to(const Entry& entry) const {
+    return step_of<kMasked>(source_, 0, entry.channel, entry.i * taps_.rows.tap, entry.j * taps_.cols.tap);
+  }
+  __device__ bool has(int u, int index, const Entry& entry) const {
+    return (index < taps_.depth) & source_.has(row_at(u, entry), col_at(u, entry));
   }
 
   __device__ Pack<T, N> load(int u) const {
-    if (kAlongRows || taps_.channels % N == 0) return load_tap<N, kAlongRows>(u, indices_[u], entries_[u]);
+    if (kAlongRows || taps_.channels % N == 0)
+      return load_tap<N, kAlongRows>(u, index_of(u), entries_[u % kOwnChunks], steps_[u % kOwnChunks]);
     Pack<T, N> pack = {};
     if constexpr (kAccess == Access::kElements) {
-      const Position& p = positions_[u];
-      if (p.n < 0) return pack;
-      const T* const first =
-          static_cast<const T*>(source_.data) + offset(source_.stride, p.n, first_channel_, p.row, p.col);
+      const Position& p = position_of(u);
+      const T* const first = place_of(u).data;
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        const TapTable::Place place = table_.places[indices_[u] + e];
-        if (source_.has(p.row + place.row, p.col + place.col)) pack.values[e] = first[place.offset];
+        const TapTable::Entry entry = table_.entries[index_of(u) + e];
+        if (source_.has(p.row + entry.row, p.col + entry.col)) pack.values[e] = first[entry.offset];
       }
     } else if constexpr (!kAlongRows) {
 #pragma unroll 1
@@ -153,27 +162,32 @@ class PixelLoader {
         // `e` must not index registers.
 #pragma unroll
         for (int i = 1; i < N; ++i) pack.values[i - 1] = pack.values[i];
-        const int index = indices_[u] + e;
-        pack.values[N - 1] = load_tap<1, false>(u, index, entry_of(taps_, index)).values[0];
+        const int index = index_of(u) + e;
+        const Entry entry = entry_of(taps_, index);
+        pack.values[N - 1] = load_tap<1, false>(u, index, entry, step_to(entry)).values[0];
       }
     }
     return pack;
   }
   // Channels of one tap.
   template <int kCount, bool kNeighbours>
-  __device__ Pack<T, kCount> load_tap(int u, int index, const Entry& entry) const {
-    const int row = row_at(u, entry), col = col_at(u, entry);
-    if (!has(u, index, row, col)) return {};
-    return load_pixel<T, kCount, kNeighbours, kMasked>(source_, positions_[u].n, channel(entry), row, col);
+  __device__ Pack<T, kCount> load_tap(int u, int index, const Entry& entry, const Step& step) const {
+    if (!has(u, index, entry)) return {};
+    if (kMasked && source_.pool_code)
+      return load_pooled<T, kCount, kNeighbours>(source_, position_of(u).n, first_channel_ + entry.channel,
+                                                 row_at(u, entry), col_at(u, entry));
+    return load_place<T, kCount, kNeighbours, kMasked>(source_, place_of(u) + step);
   }
 
   const Source& source_;
   const Taps& taps_;
   const TableOf<kAccess>& table_;
   int first_channel_;
-  Position positions_[kOwn];  // where tap (0, 0) is
-  int indices_[kOwn];
-  Entry entries_[kOwn];
+  Position positions_[kOwnRows];  // where tap (0, 0) is
+  Place<T> places_[kOwnRows];     // of its channel 0
+  int indices_[kOwnChunks];
+  Entry entries_[kOwnChunks];
+  Step steps_[kOwnChunks];  // to the entries from there
   Pack<T, N> packs_[kOwn];
 };
 
@@ -184,20 +198,21 @@ class WeightLoader {
   using Tile = SharedTile<T, kRows, kColumns>;
 
   // first: the first result's row, of `rows` that there are.
-  __device__ WeightLoader(const T* first, int rows, int depth) : first_(first), rows_(rows), depth_(depth) {}
+  __device__ WeightLoader(const T* first, int rows, int depth)
+      : first_(first + int64_t(row_of(0)) * depth + chunk() * Tile::kElements), rows_(rows), depth_(depth) {}
   __device__ void start(Tile& tile, int first_entry) const {
 #pragma unroll
-    for (int u = 0; u < kRows * Tile::kChunks / kThreads; ++u) {
-      const int row = int(threadIdx.x) / Tile::kChunks + u * (kThreads / Tile::kChunks);
-      const int chunk = int(threadIdx.x) % Tile::kChunks;
-      const bool valid = row < rows_;
-      const int64_t at = valid ? int64_t(row) * depth_ + first_entry + chunk * Tile::kElements : 0;
-      start_copy(&tile.chunk(row, chunk), first_ + at, valid);
-    }
+    for (int u = 0; u < kRows / kStep; ++u)
+      start_copy(&tile.chunk(row_of(u), chunk()), first_ + int64_t(u * kStep) * depth_ + first_entry,
+                 row_of(u) < rows_);
   }
 
  private:
-  const T* first_;
+  static constexpr int kStep = kThreads / Tile::kChunks;
+  __device__ static int row_of(int u) { return int(threadIdx.x) / Tile::kChunks + u * kStep; }
+  __device__ static int chunk() { return int(threadIdx.x) % Tile::kChunks; }
+
+  const T* first_;  // that the thread copies
   int rows_, depth_;
 };
 
@@ -280,9 +295,9 @@ class MatrixSums {
     for (int k = 0; k < Shape::kDepth; k += 2 * N) {
       unsigned of_a[4][4], of_b[2][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) load<true>(of_a[i], a, first_m() + i * 16, k);
+      for (int i = 0; i < 4; ++i) load<true>(of_a[i], a, first_m(), i * 16, k);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) load<false>(of_b[j], b, first_n() + j * 16, k);
+      for (int j = 0; j < 2; ++j) load<false>(of_b[j], b, first_n(), j * 16, k);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -294,21 +309,24 @@ class MatrixSums {
   __device__ static int first_m() { return int(threadIdx.x) / 32 % kWarpsM * 64; }
   __device__ static int first_n() { return int(threadIdx.x) / 32 / kWarpsM * 32; }
 
-  // Four matrices, 8 of the product's rows or columns from `outer` on by N of what is summed over from `k` on. The
-  // second one is further along the former (kOuterFirst) or along the latter.
+  // Four matrices, 8 of the product's rows or columns from first + outer on by N of what is summed over from `k` on.
+  // The second one is further along the former (kOuterFirst) or along the latter.
   template <bool kOuterFirst, class Tile>
-  __device__ static void load(unsigned (&matrices)[4], Tile& tile, int outer, int k) {
+  __device__ static void load(unsigned (&matrices)[4], Tile& tile, int first, int outer, int k) {
     const int lane = int(threadIdx.x) % 32;
-    const auto outer_of = [&](int matrix) { return outer + (kOuterFirst ? matrix % 2 : matrix / 2) * 8; };
+    const auto outer_of = [&](int matrix) { return first + (kOuterFirst ? matrix % 2 : matrix / 2) * 8; };
     const auto k_of = [&](int matrix) { return kOuterFirst ? matrix / 2 : matrix % 2; };
     if constexpr (kAcross && sizeof(T) == 4) {
       // Only 16-bit elements come transposed. Which of the 8 rows a lane takes for which is free, if a's and b's are
       // the same: every other row lies in banks of its own.
 #pragma unroll
-      for (int m = 0; m < 4; ++m) matrices[m] = to_tf32(tile.at(k + lane % 4 * 2 + k_of(m), outer_of(m) + lane / 4));
+      for (int m = 0; m < 4; ++m)
+        matrices[m] = to_tf32(tile.at(k + lane % 4 * 2 + k_of(m), outer_of(m) + outer + lane / 4));
     } else {
       const int row = outer_of(lane / 8), at = k + k_of(lane / 8) * N, within = lane % 8;
-      load_matrices<kAcross>(matrices, kAcross ? &tile.chunk(at + within, row / 8) : &tile.chunk(row + within, at / N));
+      // Eight rows on chunks are swizzled alike: `outer` adds a constant to the address.
+      load_matrices<kAcross>(matrices, kAcross ? &tile.chunk(at + within, (row + outer) / 8)
+                                               : &tile.chunk(row + within, at / N) + outer * Tile::kChunks);
       if constexpr (sizeof(T) == 4)
 #pragma unroll
         for (unsigned& word : matrices) word = to_tf32(word);

@@ -35,6 +35,8 @@ struct Position {
   int64_t n;  // -1: none
   int row, col;
 };
+// A row from which no tap leads into a plane, nor past an int: planes have fewer rows.
+constexpr int kNowhere = INT_MIN / 2;
 
 // The positions of `batch` planes, row by row.
 struct Positions {
@@ -96,11 +98,11 @@ __device__ inline Entry entry_of(const Taps& taps, int index) {
 // its address, worked out once on the host. Behind the last entry are some that lie outside of every source.
 struct TapTable {
   static constexpr int kMost = 1024, kMore = 128;
-  struct Place {
+  struct Entry {
     int offset;  // elements
     int16_t row, col;
   };
-  Place places[kMost + kMore];
+  Entry entries[kMost + kMore];
 
   // Whether they fit.
   bool fill(const ConvGeometry& g) {
@@ -116,9 +118,9 @@ struct TapTable {
     for (int index = 0; index < taps.depth; ++index) {
       const int tap = index / taps.channels, row = tap / taps.cols.taps * taps.rows.tap,
                 col = tap % taps.cols.taps * taps.cols.tap;
-      places[index] = {int(index % taps.channels * s.c + row * s.h + col * s.w), int16_t(row), int16_t(col)};
+      entries[index] = {int(index % taps.channels * s.c + row * s.h + col * s.w), int16_t(row), int16_t(col)};
     }
-    for (int index = taps.depth; index < taps.depth + kMore; ++index) places[index] = {0, SHRT_MIN, 0};
+    for (int index = taps.depth; index < taps.depth + kMore; ++index) entries[index] = {0, SHRT_MIN, 0};
     return true;
   }
 };
@@ -128,7 +130,7 @@ struct Source : ConvSource {
 
   explicit Source(const ConvSource& s) : ConvSource(s), pool_rows(s.pool.stride_h), pool_cols(s.pool.stride_w) {}
   __device__ bool has(int row, int col) const {
-    return unsigned(row) < unsigned(height) && unsigned(col) < unsigned(width);
+    return (unsigned(row) < unsigned(height)) & (unsigned(col) < unsigned(width));
   }
 };
 
@@ -149,21 +151,56 @@ __device__ Pack<T, N> load_channels(const T* first, int64_t stride) {
   return pack;
 }
 
-// N channels of a source at a place that it has. kMasked: it may have been masked by a ReLU or a max-pool.
-template <class T, int N, bool kNeighbours, bool kMasked>
-__device__ Pack<T, N> load_pixel(const Source& s, int64_t n, int channel, int row, int col) {
-  const T* data = static_cast<const T*>(s.data);
-  if (!kMasked || !s.pool_code) {
-    Pack<T, N> pack = load_channels<N, kNeighbours>(data + offset(s.stride, n, channel, row, col), s.stride.c);
-    if (!kMasked || !s.relu_output) return pack;
-    const T* relu_output = static_cast<const T*>(s.relu_output) + offset(s.relu_stride, n, channel, row, col);
-    const Pack<T, N> y = load_channels<N, kNeighbours>(relu_output, s.relu_stride.c);
+// 0 wherever y is <= 0.
+template <class T, int N>
+__device__ void mask_by_relu(Pack<T, N>& pack, const Pack<T, N>& y) {
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+    unsigned pairs[N / 2], of_y[N / 2];
+    memcpy(pairs, &pack, sizeof pairs);
+    memcpy(of_y, &y, sizeof of_y);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) pairs[i] &= relu_mask<T>(of_y[i]);
+    memcpy(&pack, pairs, sizeof pairs);
+  } else {
 #pragma unroll
     for (int e = 0; e < N; ++e)
       if (widen(y.values[e]) <= 0) pack.values[e] = T{};
-    return pack;
   }
-  // The sum over the windows that chose this element: one at the most, where they don't overlap.
+}
+
+// How far apart two channels are in memory, in elements of a source's data and of the ReLU's result that masks it.
+struct Step {
+  int64_t data, relu;
+};
+template <bool kMasked>
+__device__ inline Step step_of(const Source& s, int64_t n, int channel, int row, int col) {
+  return {offset(s.stride, n, channel, row, col), kMasked ? offset(s.relu_stride, n, channel, row, col) : 0};
+}
+
+// Where one is.
+template <class T>
+struct Place {
+  const T *data, *relu;
+  __device__ Place operator+(const Step& step) const { return {data + step.data, relu + step.relu}; }
+};
+template <class T>
+__device__ Place<T> first_place(const Source& s) {
+  return {static_cast<const T*>(s.data), static_cast<const T*>(s.relu_output)};
+}
+
+// N channels of a source at a place that it has. kMasked: it may have been masked by a ReLU.
+template <class T, int N, bool kNeighbours, bool kMasked>
+__device__ Pack<T, N> load_place(const Source& s, const Place<T>& at) {
+  auto pack = load_channels<N, kNeighbours>(at.data, s.stride.c);
+  if (kMasked && s.relu_output) mask_by_relu(pack, load_channels<N, kNeighbours>(at.relu, s.relu_stride.c));
+  return pack;
+}
+
+// The same of one that a max-pool masks: the sum over the windows that chose this element, one at the most where they
+// don't overlap.
+template <class T, int N, bool kNeighbours>
+__device__ Pack<T, N> load_pooled(const Source& s, int64_t n, int channel, int row, int col) {
+  const T* data = static_cast<const T*>(s.data);
   Accumulator<T> sums[N] = {};
   const int kernel_h = int(s.pool.kernel_h), kernel_w = int(s.pool.kernel_w);
   int i = row, j = col;
@@ -184,6 +221,13 @@ __device__ Pack<T, N> load_pixel(const Source& s, int64_t n, int channel, int ro
 #pragma unroll
   for (int e = 0; e < N; ++e) pack.values[e] = narrow<T>(sums[e]);
   return pack;
+}
+
+// The same of one that may be masked by either.
+template <class T, int N, bool kNeighbours, bool kMasked>
+__device__ Pack<T, N> load_pixel(const Source& s, int64_t n, int channel, int row, int col) {
+  if (kMasked && s.pool_code) return load_pooled<T, N, kNeighbours>(s, n, channel, row, col);
+  return load_place<T, N, kNeighbours, kMasked>(s, first_place<T>(s) + step_of<kMasked>(s, n, channel, row, col));
 }
 
 // Which of a window's `elements` values is its maximum: NaN wins, then the first; kPoolNone where ReLU left no more

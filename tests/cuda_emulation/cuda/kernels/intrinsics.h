@@ -21,6 +21,12 @@ T narrow(Accumulator<T> value) {
   return from_accumulator<T>(value);
 }
 
+template <class T>
+unsigned relu_mask(unsigned y) {
+  const auto mask = [](unsigned half) { return to_accumulator(T{uint16_t(half)}) <= 0 ? 0 : 0xffff; };
+  return unsigned(mask(y & 0xffff)) | unsigned(mask(y >> 16)) << 16;
+}
+
 inline double exp_nonpositive(double x) { return exp(x); }
 inline float exp_nonpositive(float x) { return exp2f(x * 1.4426950408889634f); }
 
