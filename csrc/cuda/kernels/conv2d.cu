@@ -261,11 +261,12 @@ __global__ void __launch_bounds__(kThreads, 1) pool_kernel(const __grid_constant
   const T* const corner = static_cast<const T*>(args.problem.source) +
                           offset(stride, p.n, int(channel), p.row * int(pool.stride_h), p.col * int(pool.stride_w));
   const int width = int(pool.kernel_w);
-  const auto top = maximum_of<Accumulator<T>>(
-      int(pool.kernel_h) * width, [&](int e) { return widen(corner[e / width * stride.h + e % width * stride.w]); });
+  const auto top = maxima_of<T, 1>(int(pool.kernel_h) * width, [&](int e) {
+    return load_pack<1>(corner + e / width * stride.h + e % width * stride.w);
+  });
   const int64_t at = offset(args.problem.stride, p.n, int(channel), p.row, p.col);
-  static_cast<T*>(args.problem.result)[at] = narrow<T>(top.value);
-  args.problem.code[at] = top.code;
+  store_pack(static_cast<T*>(args.problem.result) + at, top.values);
+  store_pack(args.problem.code + at, top.codes);
 }
 
 // ---- choices ----
@@ -461,10 +462,11 @@ cudaError_t launch_conv(DType dtype, const ConvProblem& p, void* scratch, cudaSt
     if (p.pool_code) {
       args.window = Divisor(p.pool.kernel_h * p.pool.kernel_w);
       args.window_cols = Divisor(p.pool.kernel_w);
-      args.tile_windows = tile_rows(sizeof(T)) / int(args.window.divisor);
     }
-    args.channels_adjacent =
-        in_packs(p.result, 16, p.result_stride, p.batch, rows, cols, p.group_results, kPackElements<T>);
+    args.tile_rows = Divisor(tile_rows(sizeof(T)) / args.window.divisor);
+    constexpr int N = kPackElements<T>;
+    args.in_packs = in_packs(p.result, 16, p.result_stride, p.batch, rows, cols, p.group_results, N) &&
+                    in_packs(p.pool_code, N, p.result_stride, p.batch, rows, cols, p.group_results, N);
     const cudaError_t error = launch_pack_weight(p, args.packed_depth, static_cast<T*>(scratch), stream);
     if (error != cudaSuccess) return error;
     return launch_conv_tiles<T>(args, access_to(p.source, dtype, p.batch, p.group_channels), stream);

@@ -227,6 +227,7 @@ class PlainSums {
 
  public:
   static constexpr int kI = Shape::kM / kThreadsM, kJ = Shape::kN / kThreadsN;
+  static constexpr int kPair = 1;  // columns that are neighbours
 
   __device__ static int m_of(int i) { return spread<kThreadsM>(int(threadIdx.x) / kThreadsN, i); }
   __device__ static int n_of(int j) { return spread<kThreadsN>(int(threadIdx.x) % kThreadsN, j); }
@@ -282,7 +283,7 @@ class MatrixSums {
   static constexpr int N = kPackElements<T>, kWarpsM = Shape::kM / 64;
 
  public:
-  static constexpr int kI = 8, kJ = 8;
+  static constexpr int kI = 8, kJ = 8, kPair = 2;
 
   __device__ static int m_of(int i) { return first_m() + i / 2 * 16 + i % 2 * 8 + int(threadIdx.x) % 32 / 4; }
   __device__ static int n_of(int j) { return first_n() + j / 2 * 8 + int(threadIdx.x) % 4 * 2 + j % 2; }
@@ -379,56 +380,52 @@ struct ConvArgs {
   const void* weight;   // packed
   int packed_depth;
   Divisor window = {}, window_cols = {};  // elements, and columns, of a max-pool's window
-  int tile_windows = 0;                   // that a tile has
-  bool channels_adjacent = false;         // results can be written in packs
+  Divisor tile_rows = {};                 // positions of a tile
+  bool in_packs = false;                  // results, and codes, can be written in packs
 };
 
 // The position whose result is row `m` of a tile: with a max-pool, an element of a window.
 __device__ inline Position position_of(const ConvArgs& args, const PositionsFrom& positions, int m) {
   if (!args.problem.pool_code) return positions[m];
   const int window = divide_off(m, args.window);
-  if (window >= args.tile_windows) return {-1, 0, 0};
+  if (window >= int(args.tile_rows.divisor)) return {-1, 0, 0};
   Position p = positions[window];
   p.row = p.row * int(args.problem.pool.stride_h) + divide_off(m, args.window_cols);
   p.col = p.col * int(args.problem.pool.stride_w) + m;
   return p;
 }
 
-// Writes a tile of results, in the order in which they lie in memory.
-template <class Shape, class Tile>
-__device__ void write_results(const ConvArgs& args, Tile& results, const PositionsFrom& positions, int first_channel,
-                              int channels) {
+// A tile of results, on their way to memory.
+template <class Shape>
+struct Results {
+  SharedTile<typename Shape::Element, Shape::kM, Shape::kN> tile;
+  int64_t places[Shape::kM];  // of the rows, or of windows of them, in memory; -1: of none
+};
+
+// Writes a tile of results, a thread 16 bytes of channels at a time. Neighbouring threads take what neighbours in
+// memory: channels, where these can be written in packs, or else positions.
+template <class Shape>
+__device__ void write_results(const ConvArgs& args, Results<Shape>& results, int channels) {
   using T = typename Shape::Element;
   constexpr int N = kPackElements<T>, kChunks = Shape::kN / N;
-  T* const result = static_cast<T*>(args.problem.result);
-  const auto at = [&](const Position& p, int n) {
-    return offset(args.problem.result_stride, p.n, first_channel + n, p.row, p.col);
-  };
-  if (args.problem.pool_code) {
-    const int windows = args.tile_windows;
-    for (int index = int(threadIdx.x); index < windows * Shape::kN; index += Shape::kThreads) {
-      const int window = args.channels_adjacent ? index / Shape::kN : index % windows;
-      const int n = args.channels_adjacent ? index % Shape::kN : index / windows;
-      const Position p = positions[window];
-      if (p.n < 0 || n >= channels) continue;
-      const int elements = int(args.window.divisor);
-      const auto top =
-          maximum_of<Accumulator<T>>(elements, [&](int e) { return widen(results.at(window * elements + e, n)); });
-      result[at(p, n)] = narrow<T>(top.value);
-      args.problem.pool_code[at(p, n)] = top.code;
+  const ConvProblem& problem = args.problem;
+  const int64_t stride = problem.result_stride.c;
+  const int rows = int(args.tile_rows.divisor), elements = int(args.window.divisor);
+  for (int index = int(threadIdx.x); index < rows * kChunks; index += Shape::kThreads) {
+    int row = index / kChunks, chunk = index % kChunks;
+    if (!args.in_packs) row = index, chunk = divide_off(row, args.tile_rows);
+    const int n = chunk * N;
+    const int64_t place = results.places[row];
+    if (place < 0 || n >= channels) continue;
+    const int64_t at = place + n * stride;
+    T* const result = static_cast<T*>(problem.result) + at;
+    if (problem.pool_code) {
+      const auto top = maxima_of<T, N>(elements, [&](int e) { return results.tile.chunk(row * elements + e, chunk); });
+      store_channels(result, stride, args.in_packs, channels - n, top.values);
+      store_channels(problem.pool_code + at, stride, args.in_packs, channels - n, top.codes);
+    } else {
+      store_channels(result, stride, args.in_packs, channels - n, results.tile.chunk(row, chunk));
     }
-  } else if (args.channels_adjacent) {
-    for (int index = int(threadIdx.x); index < Shape::kM * kChunks; index += Shape::kThreads) {
-      const int m = index / kChunks, chunk = index % kChunks;
-      const Position p = positions[m];
-      if (p.n >= 0 && chunk * N < channels) store_pack(result + at(p, chunk * N), results.chunk(m, chunk));
-    }
-  } else {
-    const int m = int(threadIdx.x) % Shape::kM;
-    const Position p = positions[m];
-    if (p.n < 0) return;
-    for (int n = int(threadIdx.x) / Shape::kM; n < channels && n < Shape::kN; n += Shape::kThreads / Shape::kM)
-      result[at(p, n)] = results.at(m, n);
   }
 }
 
@@ -440,7 +437,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kAccess == Access::kCopies ? 
   using Weights = WeightLoader<T, Shape::kN, Shape::kDepth, Shape::kThreads>;
   __shared__ union {
     Stage<typename Pixels::Tile, typename Weights::Tile> stages[kStages];
-    SharedTile<T, Shape::kM, Shape::kN> results;
+    Results<Shape> results;
   } shared;
 
   // Neighbouring blocks read the same positions.
@@ -451,7 +448,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kAccess == Access::kCopies ? 
   const int64_t tile = rest / unsigned(problem.groups);
   const int first_result = group * problem.group_results + first_n, results = problem.group_results - first_n;
 
-  const PositionsFrom positions(args.positions, tile * (problem.pool_code ? args.tile_windows : Shape::kM));
+  const PositionsFrom positions(args.positions, tile * args.tile_rows.divisor);
   Pixels pixels(args.source, args.taps, table, group * problem.group_channels);
   pixels.set_positions([&](int m) { return position_of(args, positions, m); });
   const Weights weights(static_cast<const T*>(args.weight) + int64_t(first_result) * args.packed_depth, results,
@@ -467,20 +464,32 @@ __global__ void __launch_bounds__(Shape::kThreads, kAccess == Access::kCopies ? 
       [&](auto& stage) { pixels.finish(stage.a); });
   __syncthreads();  // the results take the tiles' memory
 
+  for (int row = int(threadIdx.x); row < int(args.tile_rows.divisor); row += Shape::kThreads) {
+    const Position p = positions[row];
+    shared.results.places[row] = p.n < 0 ? -1 : offset(problem.result_stride, p.n, first_result, p.row, p.col);
+  }
+  constexpr int kPair = sums.kPair;
 #pragma unroll
-  for (int j = 0; j < sums.kJ; ++j) {
-    Accumulator<T> bias = 0;
-    if (problem.bias && sums.n_of(j) < results)
-      bias = widen(static_cast<const T*>(problem.bias)[(first_result + sums.n_of(j)) * problem.bias_stride]);
+  for (int j = 0; j < sums.kJ; j += kPair) {
+    Accumulator<T> bias[kPair] = {};
+#pragma unroll
+    for (int q = 0; q < kPair; ++q)
+      if (problem.bias && sums.n_of(j + q) < results)
+        bias[q] = widen(static_cast<const T*>(problem.bias)[(first_result + sums.n_of(j + q)) * problem.bias_stride]);
 #pragma unroll
     for (int i = 0; i < sums.kI; ++i) {
-      Accumulator<T> value = sums.at(i, j) + bias;
-      if (problem.relu && value < 0) value = 0;
-      shared.results.at(sums.m_of(i), sums.n_of(j)) = narrow<T>(value);
+      Pack<T, kPair> pair;
+#pragma unroll
+      for (int q = 0; q < kPair; ++q) {
+        Accumulator<T> value = sums.at(i, j + q) + bias[q];
+        if (problem.relu && value < 0) value = 0;
+        pair.values[q] = narrow<T>(value);
+      }
+      store_pack(&shared.results.tile.at(sums.m_of(i), sums.n_of(j)), pair);
     }
   }
   __syncthreads();
-  write_results<Shape>(args, shared.results, positions, first_result, results);
+  write_results(args, shared.results, results);
 }
 
 // ---- the gradient of the weight ----
@@ -574,9 +583,8 @@ template <class T>
 cudaError_t launch_conv_tiles(const ConvArgs& args, Access access, cudaStream_t stream) {
   return with_shape<T>(args.problem, [&](auto shape) {
     using S = decltype(shape);
-    const int64_t rows = args.problem.pool_code ? args.tile_windows : S::kM;
-    const int64_t blocks =
-        ceil_div(args.positions.count, rows) * args.problem.groups * ceil_div(args.problem.group_results, S::kN);
+    const int64_t blocks = ceil_div(args.positions.count, args.tile_rows.divisor) * args.problem.groups *
+                           ceil_div(args.problem.group_results, S::kN);
     const auto run = [&](auto kernel, const auto& table) {
       return launch(kernel, blocks, S::kThreads, stream, args, table);
     };

@@ -151,6 +151,15 @@ __device__ Pack<T, N> load_channels(const T* first, int64_t stride) {
   return pack;
 }
 
+// The first `count` of N channels, which may be an aligned pack of neighbours.
+template <class T, int N>
+__device__ void store_channels(T* first, int64_t stride, bool in_pack, int count, const Pack<T, N>& pack) {
+  if (in_pack) return store_pack(first, pack);
+#pragma unroll
+  for (int e = 0; e < N; ++e, first += stride)
+    if (e < count) *first = pack.values[e];
+}
+
 // 0 wherever y is <= 0.
 template <class T, int N>
 __device__ void mask_by_relu(Pack<T, N>& pack, const Pack<T, N>& y) {
@@ -230,22 +239,34 @@ __device__ Pack<T, N> load_pixel(const Source& s, int64_t n, int channel, int ro
   return load_place<T, N, kNeighbours, kMasked>(s, first_place<T>(s) + step_of<kMasked>(s, n, channel, row, col));
 }
 
-// Which of a window's `elements` values is its maximum: NaN wins, then the first; kPoolNone where ReLU left no more
-// than 0.
-template <class A>
-struct Maximum {
-  A value;
-  uint8_t code;
+// Which of a window's `elements` values is its maximum, for each of N channels: NaN wins, then the first; kPoolNone
+// where ReLU left no more than 0.
+template <class T, int N>
+struct Maxima {
+  Pack<T, N> values;
+  Pack<uint8_t, N> codes;
 };
-template <class A, class Values>
-__device__ Maximum<A> maximum_of(int elements, const Values& values) {
-  A top = -A(INFINITY);
-  int code = 0;
+template <class T, int N, class Values>
+__device__ Maxima<T, N> maxima_of(int elements, const Values& values) {
+  Accumulator<T> tops[N];
+  int codes[N];
+#pragma unroll
+  for (int n = 0; n < N; ++n) tops[n] = -Accumulator<T>(INFINITY), codes[n] = 0;
   for (int e = 0; e < elements; ++e) {
-    const A value = values(e);
-    if (value > top || value != value) top = value, code = e;
+    const Pack<T, N> of_channels = values(e);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const Accumulator<T> value = widen(of_channels.values[n]);
+      if (value > tops[n] || value != value) tops[n] = value, codes[n] = e;
+    }
   }
-  return {top, top <= 0 ? kPoolNone : uint8_t(code)};
+  Maxima<T, N> maxima;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    maxima.values.values[n] = narrow<T>(tops[n]);
+    maxima.codes.values[n] = tops[n] <= 0 ? kPoolNone : uint8_t(codes[n]);
+  }
+  return maxima;
 }
 
 }  // namespace fastnn::cuda
