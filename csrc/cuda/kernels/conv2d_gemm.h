@@ -14,11 +14,12 @@
 // memory (channels_last). Where a gradient is masked by a ReLU or a max-pool, or channels are no neighbours (NCHW:
 // positions are), one step is on its way in registers, which turns 16 bytes of channels at a time: memory is read along
 // whichever runs through it. Chunks of 16 bytes are swizzled, so that eight rows' chunks, and a row's eight, lie in all
-// banks. 16-bit types multiply on the matrix units, m16n8k16 with float sums, a warp 64 x 32, and so does float,
-// m16n8k8, where it may be rounded to TF32, which the operands are on their way from shared memory; else float and
-// double multiply in registers, a thread 8 x 8 and 4 x 4. Operations: 2 * positions * results * taps * channels,
-// rounded up to tiles. Bytes: a tile of the source is read once for every kN results, taps and neighbouring blocks from
-// the caches; the results are written once, through shared memory so that they are written along memory, too.
+// banks. 16-bit types multiply on the matrix units, m16n8k16 with float sums, a warp 64 x 32 (of a tile of 32 columns
+// 32 x 32), and so does float, m16n8k8, where it may be rounded to TF32, which the operands are on their way from
+// shared memory; else float and double multiply in registers, a thread 8 x 8 and 4 x 4. Operations: 2 * positions *
+// results * taps * channels, rounded up to tiles. Bytes: a tile of the source is read once for every kN results, taps
+// and neighbouring blocks from the caches; the results are written once, through shared memory so that they are written
+// along memory, too.
 #pragma once
 
 #include <type_traits>
@@ -62,7 +63,8 @@ struct Shape {
   using Element = T;
   static constexpr int kM = kM_, kN = kN_, kDepth = 64 / sizeof(T);
   static constexpr bool kMatrixUnits = kMatrixUnits_;
-  static constexpr int kThreads = kMatrixUnits ? kM / 64 * (kN / 32) * 32 : 128;
+  static constexpr int kWarpM = kN == 32 ? 32 : 64, kWarpN = 32;  // a warp's part, on the matrix units
+  static constexpr int kThreads = kMatrixUnits ? kM / kWarpM * (kN / kWarpN) * 32 : 128;
 };
 
 // ---- loaders ----
@@ -276,14 +278,15 @@ class PlainSums {
   Accumulator<T> sums_[kI][kJ] = {};
 };
 
-// The same on the matrix units: a warp has 64 x 32, as 4 x 4 products of 16 x 8.
+// The same on the matrix units: a warp's part is products of 16 x 8.
 template <class Shape, bool kAcross>
 class MatrixSums {
   using T = typename Shape::Element;
-  static constexpr int N = kPackElements<T>, kWarpsM = Shape::kM / 64;
+  static constexpr int N = kPackElements<T>, kWarpsM = Shape::kM / Shape::kWarpM;
+  static constexpr int kProductsM = Shape::kWarpM / 16, kProductsN = Shape::kWarpN / 8;
 
  public:
-  static constexpr int kI = 8, kJ = 8, kPair = 2;
+  static constexpr int kI = 2 * kProductsM, kJ = 2 * kProductsN, kPair = 2;
 
   __device__ static int m_of(int i) { return first_m() + i / 2 * 16 + i % 2 * 8 + int(threadIdx.x) % 32 / 4; }
   __device__ static int n_of(int j) { return first_n() + j / 2 * 8 + int(threadIdx.x) % 4 * 2 + j % 2; }
@@ -291,24 +294,24 @@ class MatrixSums {
 
   template <class TileA, class TileB>
   __device__ void add(TileA& a, TileB& b) {
-    // Of a, one of 4 x 4 products of 16 x 8 needs all four matrices; of b, two.
+    // Of a, a product needs all four matrices; of b, two.
 #pragma unroll
     for (int k = 0; k < Shape::kDepth; k += 2 * N) {
-      unsigned of_a[4][4], of_b[2][4];
+      unsigned of_a[kProductsM][4], of_b[kProductsN / 2][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) load<true>(of_a[i], a, first_m(), i * 16, k);
+      for (int i = 0; i < kProductsM; ++i) load<true>(of_a[i], a, first_m(), i * 16, k);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) load<false>(of_b[j], b, first_n(), j * 16, k);
+      for (int j = 0; j < kProductsN / 2; ++j) load<false>(of_b[j], b, first_n(), j * 16, k);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < kProductsM; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_add_matrices<T>(sums_[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
+        for (int j = 0; j < kProductsN; ++j) multiply_add_matrices<T>(sums_[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
     }
   }
 
  private:
-  __device__ static int first_m() { return int(threadIdx.x) / 32 % kWarpsM * 64; }
-  __device__ static int first_n() { return int(threadIdx.x) / 32 / kWarpsM * 32; }
+  __device__ static int first_m() { return int(threadIdx.x) / 32 % kWarpsM * Shape::kWarpM; }
+  __device__ static int first_n() { return int(threadIdx.x) / 32 / kWarpsM * Shape::kWarpN; }
 
   // Four matrices, 8 of the product's rows or columns from first + outer on by N of what is summed over from `k` on.
   // The second one is further along the former (kOuterFirst) or along the latter.
@@ -334,7 +337,7 @@ class MatrixSums {
     }
   }
 
-  float sums_[4][4][4] = {};
+  float sums_[kProductsM][kProductsN][4] = {};
 };
 
 template <class Shape, bool kAcross>
@@ -558,7 +561,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 // The sums of a block, by the size of an element.
 constexpr int tile_rows(size_t element) { return element == 8 ? 64 : 128; }
 constexpr int tile_columns(size_t element, int results) {
-  return element == 8 ? 32 : element == 4 || results <= 64 ? 64 : 128;
+  return element == 8 || (element == 2 && results <= 32) ? 32 : element == 4 || results <= 64 ? 64 : 128;
 }
 constexpr int64_t kStepBytes = 64;
 
@@ -566,11 +569,16 @@ constexpr int64_t kStepBytes = 64;
 template <class T, class F>
 cudaError_t with_shape(const ConvGeometry& g, const F& f) {
   constexpr int kM = tile_rows(sizeof(T)), kN = tile_columns(sizeof(T), 1);
-  if constexpr (sizeof(T) == 2)
-    if (tile_columns(sizeof(T), g.group_results) == 128) return f(Shape<T, kM, 128, true>{});
-  if constexpr (sizeof(T) == 4)
-    if (g.tf32) return f(Shape<T, kM, kN, true>{});
-  return f(Shape<T, kM, kN, sizeof(T) == 2>{});
+  if constexpr (sizeof(T) == 2) {
+    const int columns = tile_columns(sizeof(T), g.group_results);
+    if (columns == 128) return f(Shape<T, kM, 128, true>{});
+    if (columns == 64) return f(Shape<T, kM, 64, true>{});
+    return f(Shape<T, kM, 32, true>{});
+  } else {
+    if constexpr (sizeof(T) == 4)
+      if (g.tf32) return f(Shape<T, kM, kN, true>{});
+    return f(Shape<T, kM, kN, false>{});
+  }
 }
 
 // Whether kElements reads this source.
