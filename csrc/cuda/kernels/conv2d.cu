@@ -34,9 +34,11 @@ constexpr int kThreads = 256;
 constexpr int kSmallGroup = 16;  // results of a group that a tile is too wide for
 constexpr int kStrip = 4;        // neighbouring results of a row that a thread takes
 constexpr int kEntries = 3;      // of the weight's gradient that a thread takes: a row of the commonest kernel
-// The weight's gradient: blocks enough for the largest GPUs, of so many steps (a small group's: positions) at the
-// least, and memory for all the slices.
+// The weight's gradient is cut into slices of so many steps (a small group's: positions) at the least, with memory for
+// all of them, and no more blocks than fill the largest GPUs evenly. Each of their 132 multiprocessors takes one block
+// of 128 x 128 sums at a time and more of narrower ones: two blocks for each, or as many sums.
 constexpr int64_t kGradBlocks = 512, kSliceSteps = 8, kSlicePositions = 256, kSliceBytes = int64_t(64) << 20;
+constexpr int64_t kGradTileColumns = 2 * 132 * 128;
 constexpr int64_t kSliceUnits = 1 << 24;  // of a slice at the most, so that its positions are counted in 31 bits
 
 __device__ inline int64_t thread_index() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
@@ -354,9 +356,10 @@ struct Slices {
   int64_t count, units;
 };
 
-Slices cut(int64_t units, int64_t least, int64_t blocks, int64_t slice_bytes) {
-  int64_t slices = std::min({ceil_div(kGradBlocks, blocks), units / least, kSliceBytes / slice_bytes});
-  slices = std::max(slices, ceil_div(units, kSliceUnits));
+// most: blocks of all slices together, of which each has `blocks`.
+Slices cut(int64_t units, int64_t least, int64_t most, int64_t blocks, int64_t slice_bytes) {
+  int64_t slices = std::min({most / blocks, units / least, kSliceBytes / slice_bytes});
+  slices = std::max({slices, ceil_div(units, kSliceUnits), int64_t(1)});
   const int64_t each = ceil_div(units, slices);
   return {ceil_div(units, each), each};
 }
@@ -396,14 +399,15 @@ GradWeightPlan plan(DType dtype, const GradWeightProblem& p) {
     const int64_t threads = packs ? results * element / 16 : results;
     return ceil_div(threads, lanes_of(p, threads)) * ceil_div(entries, kEntries);
   };
-  const int64_t tiles = p.groups * ceil_div(depth, tile_rows(element)) *
-                        ceil_div(p.group_results, tile_columns(element, p.group_results));
-  plan.slices =
-      plan.small_group
-          ? cut(positions.count, kSlicePositions, direct_blocks(plan.packs, depth), depth * results * accumulator)
-          : cut(ceil_div(positions.count, kStepBytes / element), kSliceSteps, tiles, depth * results * accumulator);
+  const int64_t columns = tile_columns(element, p.group_results);
+  const int64_t tiles = p.groups * ceil_div(depth, tile_rows(element)) * ceil_div(p.group_results, columns);
+  plan.slices = plan.small_group ? cut(positions.count, kSlicePositions, kGradBlocks, direct_blocks(plan.packs, depth),
+                                       depth * results * accumulator)
+                                 : cut(ceil_div(positions.count, kStepBytes / element), kSliceSteps,
+                                       kGradTileColumns / columns, tiles, depth * results * accumulator);
   plan.args.slice_steps = int(plan.slices.units);
-  plan.bias_slices = cut(positions.count, kSlicePositions, direct_blocks(plan.bias_packs, 1), results * accumulator);
+  plan.bias_slices =
+      cut(positions.count, kSlicePositions, kGradBlocks, direct_blocks(plan.bias_packs, 1), results * accumulator);
   plan.partial_bytes = p.weight_result ? plan.slices.count * depth * results * accumulator : 0;
   plan.bias_bytes = p.bias_result ? plan.bias_slices.count * results * accumulator : 0;
   return plan;
