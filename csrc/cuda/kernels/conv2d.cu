@@ -2,7 +2,7 @@
 // conv2d_gemm.h.
 //
 // pack_weight_kernel: the weight as rows over (tap, channel), so that its tiles come by 16-byte copies whatever its
-//   strides. 2 * weight bytes.
+//   strides, and rounded to TF32 where that is what is multiplied. 2 * weight bytes.
 // direct_conv_kernel: groups of few results, which would leave most of a tile idle. A thread has four neighbouring
 //   results of a row, and of a depthwise convolution in channels_last 16 bytes of channels of each: 32 sums in bf16,
 //   for which a tap is one load of the weight and four of the source, 6 instructions a product; of one channel, 7.
@@ -60,6 +60,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     value = static_cast<const T*>(
         problem.weight)[group * problem.weight_group + result * problem.weight_result +
                         e.channel * problem.weight_channel + e.i * problem.weight_row + e.j * problem.weight_col];
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    const unsigned rounded = to_tf32(value);
+    if (problem.tf32) memcpy(&value, &rounded, sizeof value);
   }
   packed[index] = value;
 }
@@ -308,6 +312,7 @@ bool is_depthwise(const ConvGeometry& g) { return g.groups > 1 && g.group_channe
 ConvProblem tap_rows(ConvProblem p) {
   p.weight_channel = p.weight_group;
   p.group_channels = p.groups, p.groups = 1;
+  p.tf32 = false;
   return p;
 }
 

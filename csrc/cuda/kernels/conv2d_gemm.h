@@ -331,7 +331,7 @@ class MatrixSums {
       // Eight rows on chunks are swizzled alike: `outer` adds a constant to the address.
       load_matrices<kAcross>(matrices, kAcross ? &tile.chunk(at + within, (row + outer) / 8)
                                                : &tile.chunk(row + within, at / N) + outer * Tile::kChunks);
-      if constexpr (sizeof(T) == 4)
+      if constexpr (sizeof(T) == 4 && kOuterFirst)  // b is the weight, which has been packed as TF32 numbers
 #pragma unroll
         for (unsigned& word : matrices) word = to_tf32(word);
     }
