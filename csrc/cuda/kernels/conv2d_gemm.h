@@ -14,12 +14,12 @@
 // memory (channels_last). Where a gradient is masked by a ReLU or a max-pool, or channels are no neighbours (NCHW:
 // positions are), one step is on its way in registers, which turns 16 bytes of channels at a time: memory is read along
 // whichever runs through it. Chunks of 16 bytes are swizzled, so that eight rows' chunks, and a row's eight, lie in all
-// banks. 16-bit types multiply on the matrix units, m16n8k16 with float sums, a warp 64 x 32 (of a tile of 32 columns
-// 32 x 32), and so does float, m16n8k8, where it may be rounded to TF32, which the operands are on their way from
-// shared memory; else float and double multiply in registers, a thread 8 x 8 and 4 x 4. Operations: 2 * positions *
-// results * taps * channels, rounded up to tiles. Bytes: a tile of the source is read once for every kN results, taps
-// and neighbouring blocks from the caches; the results are written once, through shared memory so that they are written
-// along memory, too.
+// banks. 16-bit types multiply on the matrix units, m16n8k16 with float sums, a warp 64 x 32 (of 32 columns 32 x 32,
+// of conv_kernel's 128 64 x 64: fewer reads of shared memory), and so does float, m16n8k8, where it may be rounded to
+// TF32, which the operands are on their way from shared memory, and the weight when it is packed; else float and double
+// multiply in registers, a thread 8 x 8 and 4 x 4. Operations: 2 * positions * results * taps * channels, rounded up to
+// tiles. Bytes: a tile of the source is read once for every kN results, taps and neighbouring blocks from the caches;
+// the results are written once, through shared memory so that they are written along memory, too.
 #pragma once
 
 #include <type_traits>
@@ -58,12 +58,12 @@ struct SharedTile {
 };
 
 // What a block computes at once, and with how many threads.
-template <class T, int kM_, int kN_, bool kMatrixUnits_>
+template <class T, int kM_, int kN_, bool kMatrixUnits_, int kWarpN_ = 32>
 struct Shape {
   using Element = T;
   static constexpr int kM = kM_, kN = kN_, kDepth = 64 / sizeof(T);
   static constexpr bool kMatrixUnits = kMatrixUnits_;
-  static constexpr int kWarpM = kN == 32 ? 32 : 64, kWarpN = 32;  // a warp's part, on the matrix units
+  static constexpr int kWarpM = kN == 32 ? 32 : 64, kWarpN = kWarpN_;  // a warp's part, on the matrix units
   static constexpr int kThreads = kMatrixUnits ? kM / kWarpM * (kN / kWarpN) * 32 : 128;
 };
 
@@ -414,9 +414,9 @@ __device__ void write_results(const ConvArgs& args, Results<Shape>& results, int
   const ConvProblem& problem = args.problem;
   const int64_t stride = problem.result_stride.c;
   const int rows = int(args.tile_rows.divisor), elements = int(args.window.divisor);
-  for (int index = int(threadIdx.x); index < rows * kChunks; index += Shape::kThreads) {
-    int row = index / kChunks, chunk = index % kChunks;
-    if (!args.in_packs) row = index, chunk = divide_off(row, args.tile_rows);
+  for (unsigned index = threadIdx.x; index < unsigned(rows * kChunks); index += Shape::kThreads) {
+    int row = int(index / kChunks), chunk = int(index % kChunks);
+    if (!args.in_packs) row = int(index), chunk = divide_off(row, args.tile_rows);
     const int n = chunk * N;
     const int64_t place = results.places[row];
     if (place < 0 || n >= channels) continue;
@@ -565,13 +565,13 @@ constexpr int tile_columns(size_t element, int results) {
 }
 constexpr int64_t kStepBytes = 64;
 
-// Calls f(Shape of T for the problem).
-template <class T, class F>
+// Calls f(Shape of T for the problem). kWarpN: of 128 columns.
+template <class T, int kWarpN, class F>
 cudaError_t with_shape(const ConvGeometry& g, const F& f) {
   constexpr int kM = tile_rows(sizeof(T)), kN = tile_columns(sizeof(T), 1);
   if constexpr (sizeof(T) == 2) {
     const int columns = tile_columns(sizeof(T), g.group_results);
-    if (columns == 128) return f(Shape<T, kM, 128, true>{});
+    if (columns == 128) return f(Shape<T, kM, 128, true, kWarpN>{});
     if (columns == 64) return f(Shape<T, kM, 64, true>{});
     return f(Shape<T, kM, 32, true>{});
   } else {
@@ -589,7 +589,7 @@ bool in_chunks_or_table(const Args& args, TapTable& table) {
 
 template <class T>
 cudaError_t launch_conv_tiles(const ConvArgs& args, Access access, cudaStream_t stream) {
-  return with_shape<T>(args.problem, [&](auto shape) {
+  return with_shape<T, 64>(args.problem, [&](auto shape) {
     using S = decltype(shape);
     const int64_t blocks = ceil_div(args.positions.count, args.tile_rows.divisor) * args.problem.groups *
                            ceil_div(args.problem.group_results, S::kN);
@@ -610,7 +610,8 @@ cudaError_t launch_conv_tiles(const ConvArgs& args, Access access, cudaStream_t 
 template <class T>
 cudaError_t launch_grad_weight_tiles(const GradWeightArgs& args, int64_t slices, Access access, bool grad_packs,
                                      cudaStream_t stream) {
-  return with_shape<T>(args.problem, [&](auto shape) {
+  // Its loaders leave no registers for a warp's 64 x 64.
+  return with_shape<T, 32>(args.problem, [&](auto shape) {
     using S = decltype(shape);
     const int64_t blocks =
         slices * args.problem.groups * ceil_div(args.taps.depth, S::kM) * ceil_div(args.problem.group_results, S::kN);
