@@ -175,10 +175,7 @@ class PixelLoader {
   template <int kCount, bool kNeighbours>
   __device__ Pack<T, kCount> load_tap(int u, int index, const Entry& entry, const Step& step) const {
     if (!has(u, index, entry)) return {};
-    if (kMasked && source_.pool_code)
-      return load_pooled<T, kCount, kNeighbours>(source_, position_of(u).n, first_channel_ + entry.channel,
-                                                 row_at(u, entry), col_at(u, entry));
-    return load_place<T, kCount, kNeighbours, kMasked>(source_, place_of(u) + step);
+    return load_place<T, kCount, kNeighbours, kMasked>(source_, place_of(u) + step, row_at(u, entry), col_at(u, entry));
   }
 
   const Source& source_;

@@ -127,8 +127,13 @@ struct TapTable {
 
 struct Source : ConvSource {
   Divisor pool_rows, pool_cols;
+  bool windows_apart;  // an element is in one of them at the most
 
-  explicit Source(const ConvSource& s) : ConvSource(s), pool_rows(s.pool.stride_h), pool_cols(s.pool.stride_w) {}
+  explicit Source(const ConvSource& s)
+      : ConvSource(s),
+        pool_rows(s.pool.stride_h),
+        pool_cols(s.pool.stride_w),
+        windows_apart(s.pool.stride_h >= s.pool.kernel_h && s.pool.stride_w >= s.pool.kernel_w) {}
   __device__ bool has(int row, int col) const {
     return (unsigned(row) < unsigned(height)) & (unsigned(col) < unsigned(width));
   }
@@ -177,54 +182,74 @@ __device__ void mask_by_relu(Pack<T, N>& pack, const Pack<T, N>& y) {
   }
 }
 
-// How far apart two channels are in memory, in elements of a source's data and of the ReLU's result that masks it.
+// 0 wherever the code of a channel, from `first` on, is not this one.
+template <bool kNeighbours, class T, int N>
+__device__ void mask_by_code(Pack<T, N>& pack, const uint8_t* first, int64_t stride, int code) {
+  if constexpr (kNeighbours && sizeof(T) == 2 && N % 4 == 0) {
+    const auto codes = load_pack<N / 4>(reinterpret_cast<const unsigned*>(first));
+    unsigned pairs[N / 2];
+    memcpy(pairs, &pack, sizeof pairs);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) pairs[i] &= equal_mask(codes.values[i / 2], i % 2 * 2, code);
+    memcpy(&pack, pairs, sizeof pairs);
+  } else {
+    const Pack<uint8_t, N> codes = load_channels<N, kNeighbours>(first, stride);
+#pragma unroll
+    for (int e = 0; e < N; ++e)
+      if (codes.values[e] != code) pack.values[e] = T{};
+  }
+}
+
+// How far apart two channels are in memory: in elements of a source's data, and of what masks it. Of a max-pool's
+// windows these are the same for all elements of a plane.
 struct Step {
-  int64_t data, relu;
+  int64_t data, mask;
 };
 template <bool kMasked>
 __device__ inline Step step_of(const Source& s, int64_t n, int channel, int row, int col) {
-  return {offset(s.stride, n, channel, row, col), kMasked ? offset(s.relu_stride, n, channel, row, col) : 0};
+  if (!kMasked) return {offset(s.stride, n, channel, row, col), 0};
+  if (s.pool_code) return {offset(s.stride, n, channel, 0, 0), offset(s.code_stride, n, channel, 0, 0)};
+  return {offset(s.stride, n, channel, row, col), offset(s.relu_stride, n, channel, row, col)};
 }
 
 // Where one is.
 template <class T>
 struct Place {
-  const T *data, *relu;
-  __device__ Place operator+(const Step& step) const { return {data + step.data, relu + step.relu}; }
+  const T* data;
+  int64_t mask;  // from the first element of what masks the source
+  __device__ Place operator+(const Step& step) const { return {data + step.data, mask + step.mask}; }
 };
 template <class T>
 __device__ Place<T> first_place(const Source& s) {
-  return {static_cast<const T*>(s.data), static_cast<const T*>(s.relu_output)};
+  return {static_cast<const T*>(s.data), 0};
 }
 
-// N channels of a source at a place that it has. kMasked: it may have been masked by a ReLU.
-template <class T, int N, bool kNeighbours, bool kMasked>
-__device__ Pack<T, N> load_place(const Source& s, const Place<T>& at) {
-  auto pack = load_channels<N, kNeighbours>(at.data, s.stride.c);
-  if (kMasked && s.relu_output) mask_by_relu(pack, load_channels<N, kNeighbours>(at.relu, s.relu_stride.c));
-  return pack;
-}
-
-// The same of one that a max-pool masks: the sum over the windows that chose this element, one at the most where they
-// don't overlap.
+// N channels of a source that a max-pool masks, and what the windows gave them that chose them.
 template <class T, int N, bool kNeighbours>
-__device__ Pack<T, N> load_pooled(const Source& s, int64_t n, int channel, int row, int col) {
-  const T* data = static_cast<const T*>(s.data);
-  Accumulator<T> sums[N] = {};
+__device__ Pack<T, N> load_pooled(const Source& s, const Place<T>& at, int row, int col) {
   const int kernel_h = int(s.pool.kernel_h), kernel_w = int(s.pool.kernel_w);
+  const auto load_window = [&](int y, int x, int element) {
+    Pack<T, N> pack = {};
+    if (y >= int(s.pool.out_h) || x >= int(s.pool.out_w)) return pack;
+    pack = load_channels<N, kNeighbours>(at.data + offset(s.stride, 0, 0, y, x), s.stride.c);
+    const uint8_t* const first_code = s.pool_code + at.mask + offset(s.code_stride, 0, 0, y, x);
+    mask_by_code<kNeighbours>(pack, first_code, s.code_stride.c, element);
+    return pack;
+  };
   int i = row, j = col;
   const int last_row = divide_off(i, s.pool_rows), last_col = divide_off(j, s.pool_cols);
+  if (s.windows_apart) {
+    if (i >= kernel_h || j >= kernel_w) return {};
+    return load_window(last_row, last_col, i * kernel_w + j);
+  }
+  Accumulator<T> sums[N] = {};
 #pragma unroll 1
   for (int y = last_row, at_row = i; y >= 0 && at_row < kernel_h; --y, at_row += int(s.pool.stride_h))
 #pragma unroll 1
     for (int x = last_col, at_col = j; x >= 0 && at_col < kernel_w; --x, at_col += int(s.pool.stride_w)) {
-      if (y >= s.pool.out_h || x >= s.pool.out_w) continue;
-      const auto code =
-          load_channels<N, kNeighbours>(s.pool_code + offset(s.code_stride, n, channel, y, x), s.code_stride.c);
-      const auto grad = load_channels<N, kNeighbours>(data + offset(s.stride, n, channel, y, x), s.stride.c);
+      const Pack<T, N> pack = load_window(y, x, at_row * kernel_w + at_col);
 #pragma unroll
-      for (int e = 0; e < N; ++e)
-        if (code.values[e] == at_row * kernel_w + at_col) sums[e] += widen(grad.values[e]);
+      for (int e = 0; e < N; ++e) sums[e] += widen(pack.values[e]);
     }
   Pack<T, N> pack;
 #pragma unroll
@@ -232,11 +257,22 @@ __device__ Pack<T, N> load_pooled(const Source& s, int64_t n, int channel, int r
   return pack;
 }
 
-// The same of one that may be masked by either.
+// N channels of a source at a place that it has, which is in this row and column. kMasked: it may have been masked by a
+// ReLU or a max-pool.
+template <class T, int N, bool kNeighbours, bool kMasked>
+__device__ Pack<T, N> load_place(const Source& s, const Place<T>& at, int row, int col) {
+  if (kMasked && s.pool_code) return load_pooled<T, N, kNeighbours>(s, at, row, col);
+  auto pack = load_channels<N, kNeighbours>(at.data, s.stride.c);
+  if (kMasked && s.relu_output) {
+    const T* const relu_output = static_cast<const T*>(s.relu_output) + at.mask;
+    mask_by_relu(pack, load_channels<N, kNeighbours>(relu_output, s.relu_stride.c));
+  }
+  return pack;
+}
 template <class T, int N, bool kNeighbours, bool kMasked>
 __device__ Pack<T, N> load_pixel(const Source& s, int64_t n, int channel, int row, int col) {
-  if (kMasked && s.pool_code) return load_pooled<T, N, kNeighbours>(s, n, channel, row, col);
-  return load_place<T, N, kNeighbours, kMasked>(s, first_place<T>(s) + step_of<kMasked>(s, n, channel, row, col));
+  const Place<T> at = first_place<T>(s) + step_of<kMasked>(s, n, channel, row, col);
+  return load_place<T, N, kNeighbours, kMasked>(s, at, row, col);
 }
 
 // Which of a window's `elements` values is its maximum, for each of N channels: NaN wins, then the first; kPoolNone

@@ -69,6 +69,15 @@ __device__ inline unsigned relu_mask<bf16>(unsigned y) {
 #endif
 }
 
+// All bits of each half for which the byte `first` or the next one of `bytes` is `byte`: compared as the last digits of
+// two halves of float16, 1 and a little more.
+__device__ inline unsigned equal_mask(unsigned bytes, int first, int byte) {
+  const unsigned halves = __byte_perm(bytes, 0x3c3c3c3c, first * 0x101 + 0x4140);
+  unsigned mask;
+  asm("set.eq.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(halves), "r"(0x3c003c00 + byte * 0x10001));
+  return mask;
+}
+
 // e^x of x <= 0 or NaN, absolutely accurate to 1e-7 in float: one multiplication and one special-function operation.
 __device__ inline double exp_nonpositive(double x) { return exp(x); }
 __device__ inline float exp_nonpositive(float x) {
