@@ -2,7 +2,7 @@
 // conv2d_gemm.h.
 //
 // pack_weight_kernel: the weight as rows over (tap, channel), so that its tiles come by 16-byte copies whatever its
-//   strides. 2 * weight bytes.
+//   strides, and rounded to TF32 where that is what is multiplied. 2 * weight bytes.
 // direct_conv_kernel: groups of few results, which would leave most of a tile idle. A thread has four neighbouring
 //   results of a row, and of a depthwise convolution in channels_last 16 bytes of channels of each: 32 sums in bf16,
 //   for which a tap is one load of the weight and four of the source, 6 instructions a product; of one channel, 7.
@@ -11,8 +11,9 @@
 // direct_grad_weight_kernel: the same of the weight's gradient. A thread sums three products, of 16 bytes of channels
 //   where it may, over its share of a slice of the positions, and the block its threads', by halves. Bytes: both
 //   operands once for every three products. Without a source, the bias's gradient.
-// sum_slices_kernel: adds what blocks summed over slices of the positions, in order: shape alone decides how many, so
-//   the bits are the same every time.
+// sum_slices_kernel: adds what blocks summed over slices of the positions. Neighbouring threads take neighbouring sums,
+//   and the block's others other slices of the same, which are then added by halves: where there are few sums, slices
+//   are many. Shape alone decides how many, so the bits are the same every time.
 // pool_kernel: max-pools results that lie in memory, where windows overlap or are larger than a tile.
 #include "cuda/kernels/conv2d.h"
 
@@ -33,9 +34,11 @@ constexpr int kThreads = 256;
 constexpr int kSmallGroup = 16;  // results of a group that a tile is too wide for
 constexpr int kStrip = 4;        // neighbouring results of a row that a thread takes
 constexpr int kEntries = 3;      // of the weight's gradient that a thread takes: a row of the commonest kernel
-// The weight's gradient: blocks enough for the largest GPUs, of so many steps (a small group's: positions) at the
-// least, and memory for all the slices.
+// The weight's gradient is cut into slices of so many steps (a small group's: positions) at the least, with memory for
+// all of them, and no more blocks than fill the largest GPUs evenly. Each of their 132 multiprocessors takes one block
+// of 128 x 128 sums at a time and more of narrower ones: two blocks for each, or as many sums.
 constexpr int64_t kGradBlocks = 512, kSliceSteps = 8, kSlicePositions = 256, kSliceBytes = int64_t(64) << 20;
+constexpr int64_t kGradTileColumns = 2 * 132 * 128;
 constexpr int64_t kSliceUnits = 1 << 24;  // of a slice at the most, so that its positions are counted in 31 bits
 
 __device__ inline int64_t thread_index() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
@@ -57,6 +60,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     value = static_cast<const T*>(
         problem.weight)[group * problem.weight_group + result * problem.weight_result +
                         e.channel * problem.weight_channel + e.i * problem.weight_row + e.j * problem.weight_col];
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    const unsigned rounded = to_tf32(value);
+    if (problem.tf32) memcpy(&value, &rounded, sizeof value);
   }
   packed[index] = value;
 }
@@ -133,6 +140,18 @@ __global__ void __launch_bounds__(kThreads, 1) direct_conv_kernel(const __grid_c
   }
 }
 
+// Adds up rows of what each thread of a block has, which are `lanes` apart: the first `lanes` threads have the sums.
+template <class A, int kRows>
+__device__ void add_by_halves(A (&of_thread)[kRows][kThreads], int lanes) {
+  const int thread = int(threadIdx.x);
+  for (int half = kThreads / 2; half >= lanes; half /= 2) {
+    __syncthreads();
+    if (thread < half)
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) of_thread[row][thread] += of_thread[row][thread + half];
+  }
+}
+
 // N > 1: depthwise. Without data the source is 1 wherever the gradient is. lanes: neighbouring threads that take
 // neighbouring channels, a power of two.
 template <class T, int N>
@@ -187,12 +206,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int k = 0; k < kEntries; ++k)
 #pragma unroll
     for (int e = 0; e < N; ++e) of_thread[k * N + e][thread] = sums[k][e];
-  for (int half = kThreads / 2; half >= lanes; half /= 2) {
-    __syncthreads();
-    if (thread < half)
-#pragma unroll
-      for (int s = 0; s < kEntries * N; ++s) of_thread[s][thread] += of_thread[s][thread + half];
-  }
+  add_by_halves(of_thread, lanes);
   if (thread >= lanes || channel >= channels) return;
 #pragma unroll
   for (int k = 0; k < kEntries; ++k)
@@ -207,7 +221,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 struct SumArgs {
   const void* partials;
-  int64_t slices, count;  // elements of one
+  int64_t count;  // elements of a slice
+  int slices;
+  int lanes;  // neighbouring threads that take neighbouring elements, a power of two
   Divisor results, depth, channels;
   int taps;
   void* result;
@@ -215,15 +231,23 @@ struct SumArgs {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) sum_slices_kernel(const SumArgs args) {
-  const int64_t index = thread_index();
-  if (index >= args.count) return;
-  const auto* partial = static_cast<const Accumulator<T>*>(args.partials) + index;
-  Accumulator<T> sum = *partial;
-  for (int64_t slice = 1; slice < args.slices; ++slice) sum += partial[slice * args.count];
+  using A = Accumulator<T>;
+  const int thread = int(threadIdx.x);
+  const int64_t index = int64_t(blockIdx.x) * args.lanes + thread % args.lanes;
+  __shared__ A of_thread[1][kThreads];
+  const int step = kThreads / args.lanes, first = thread / args.lanes;
+  const A* partial = static_cast<const A*>(args.partials) + first * args.count + index;
+  A sum = 0;
+  if (index < args.count)
+#pragma unroll 4
+    for (int slice = first; slice < args.slices; slice += step, partial += step * args.count) sum += *partial;
+  of_thread[0][thread] = sum;
+  add_by_halves(of_thread, args.lanes);
+  if (thread >= args.lanes || index >= args.count) return;
   int64_t n = index, entry = divide_off(n, args.results);
   const int64_t group = divide_off(entry, args.depth), tap = divide_off(entry, args.channels);
   const int64_t row = (group * args.results.divisor + n) * args.channels.divisor + entry;
-  static_cast<T*>(args.result)[row * args.taps + tap] = narrow<T>(sum);
+  static_cast<T*>(args.result)[row * args.taps + tap] = narrow<T>(of_thread[0][thread]);
 }
 
 struct PoolArgs {
@@ -243,11 +267,12 @@ __global__ void __launch_bounds__(kThreads, 1) pool_kernel(const __grid_constant
   const T* const corner = static_cast<const T*>(args.problem.source) +
                           offset(stride, p.n, int(channel), p.row * int(pool.stride_h), p.col * int(pool.stride_w));
   const int width = int(pool.kernel_w);
-  const auto top = maximum_of<Accumulator<T>>(
-      int(pool.kernel_h) * width, [&](int e) { return widen(corner[e / width * stride.h + e % width * stride.w]); });
+  const auto top = maxima_of<T, 1>(int(pool.kernel_h) * width, [&](int e) {
+    return load_pack<1>(corner + e / width * stride.h + e % width * stride.w);
+  });
   const int64_t at = offset(args.problem.stride, p.n, int(channel), p.row, p.col);
-  static_cast<T*>(args.problem.result)[at] = narrow<T>(top.value);
-  args.problem.code[at] = top.code;
+  store_pack(static_cast<T*>(args.problem.result) + at, top.values);
+  store_pack(args.problem.code + at, top.codes);
 }
 
 // ---- choices ----
@@ -287,6 +312,7 @@ bool is_depthwise(const ConvGeometry& g) { return g.groups > 1 && g.group_channe
 ConvProblem tap_rows(ConvProblem p) {
   p.weight_channel = p.weight_group;
   p.group_channels = p.groups, p.groups = 1;
+  p.tf32 = false;
   return p;
 }
 
@@ -335,9 +361,10 @@ struct Slices {
   int64_t count, units;
 };
 
-Slices cut(int64_t units, int64_t least, int64_t blocks, int64_t slice_bytes) {
-  int64_t slices = std::min({ceil_div(kGradBlocks, blocks), units / least, kSliceBytes / slice_bytes});
-  slices = std::max(slices, ceil_div(units, kSliceUnits));
+// most: blocks of all slices together, of which each has `blocks`.
+Slices cut(int64_t units, int64_t least, int64_t most, int64_t blocks, int64_t slice_bytes) {
+  int64_t slices = std::min({most / blocks, units / least, kSliceBytes / slice_bytes});
+  slices = std::max({slices, ceil_div(units, kSliceUnits), int64_t(1)});
   const int64_t each = ceil_div(units, slices);
   return {ceil_div(units, each), each};
 }
@@ -377,14 +404,15 @@ GradWeightPlan plan(DType dtype, const GradWeightProblem& p) {
     const int64_t threads = packs ? results * element / 16 : results;
     return ceil_div(threads, lanes_of(p, threads)) * ceil_div(entries, kEntries);
   };
-  const int64_t tiles = p.groups * ceil_div(depth, tile_rows(element)) *
-                        ceil_div(p.group_results, tile_columns(element, p.group_results));
-  plan.slices =
-      plan.small_group
-          ? cut(positions.count, kSlicePositions, direct_blocks(plan.packs, depth), depth * results * accumulator)
-          : cut(ceil_div(positions.count, kStepBytes / element), kSliceSteps, tiles, depth * results * accumulator);
+  const int64_t columns = tile_columns(element, p.group_results);
+  const int64_t tiles = p.groups * ceil_div(depth, tile_rows(element)) * ceil_div(p.group_results, columns);
+  plan.slices = plan.small_group ? cut(positions.count, kSlicePositions, kGradBlocks, direct_blocks(plan.packs, depth),
+                                       depth * results * accumulator)
+                                 : cut(ceil_div(positions.count, kStepBytes / element), kSliceSteps,
+                                       kGradTileColumns / columns, tiles, depth * results * accumulator);
   plan.args.slice_steps = int(plan.slices.units);
-  plan.bias_slices = cut(positions.count, kSlicePositions, direct_blocks(plan.bias_packs, 1), results * accumulator);
+  plan.bias_slices =
+      cut(positions.count, kSlicePositions, kGradBlocks, direct_blocks(plan.bias_packs, 1), results * accumulator);
   plan.partial_bytes = p.weight_result ? plan.slices.count * depth * results * accumulator : 0;
   plan.bias_bytes = p.bias_result ? plan.bias_slices.count * results * accumulator : 0;
   return plan;
@@ -406,15 +434,19 @@ cudaError_t launch_direct_grad_weight(const GradWeightArgs& args, const Slices& 
 template <class T>
 cudaError_t launch_sum(const GradWeightArgs& args, int64_t slices, void* result, cudaStream_t stream) {
   const int64_t count = int64_t(args.problem.groups) * args.problem.group_results * args.taps.depth;
+  // A thread sums four slices or more; a row of lanes reads whole sectors of 32 bytes.
+  int lanes = kThreads;
+  while (lanes > 8 && slices * lanes >= 8 * kThreads) lanes /= 2;
   const SumArgs sum{args.partials,
-                    slices,
                     count,
+                    int(slices),
+                    lanes,
                     Divisor(args.problem.group_results),
                     Divisor(args.taps.depth),
                     Divisor(args.taps.channels),
                     args.taps.depth / args.taps.channels,
                     result};
-  return launch(sum_slices_kernel<T>, ceil_div(count, kThreads), kThreads, stream, sum);
+  return launch(sum_slices_kernel<T>, ceil_div(count, lanes), kThreads, stream, sum);
 }
 
 }  // namespace
@@ -439,10 +471,11 @@ cudaError_t launch_conv(DType dtype, const ConvProblem& p, void* scratch, cudaSt
     if (p.pool_code) {
       args.window = Divisor(p.pool.kernel_h * p.pool.kernel_w);
       args.window_cols = Divisor(p.pool.kernel_w);
-      args.tile_windows = tile_rows(sizeof(T)) / int(args.window.divisor);
     }
-    args.channels_adjacent =
-        in_packs(p.result, 16, p.result_stride, p.batch, rows, cols, p.group_results, kPackElements<T>);
+    args.tile_rows = Divisor(tile_rows(sizeof(T)) / args.window.divisor);
+    constexpr int N = kPackElements<T>;
+    args.in_packs = in_packs(p.result, 16, p.result_stride, p.batch, rows, cols, p.group_results, N) &&
+                    in_packs(p.pool_code, N, p.result_stride, p.batch, rows, cols, p.group_results, N);
     const cudaError_t error = launch_pack_weight(p, args.packed_depth, static_cast<T*>(scratch), stream);
     if (error != cudaSuccess) return error;
     return launch_conv_tiles<T>(args, access_to(p.source, dtype, p.batch, p.group_channels), stream);

@@ -14,11 +14,12 @@
 // memory (channels_last). Where a gradient is masked by a ReLU or a max-pool, or channels are no neighbours (NCHW:
 // positions are), one step is on its way in registers, which turns 16 bytes of channels at a time: memory is read along
 // whichever runs through it. Chunks of 16 bytes are swizzled, so that eight rows' chunks, and a row's eight, lie in all
-// banks. 16-bit types multiply on the matrix units, m16n8k16 with float sums, a warp 64 x 32, and so does float,
-// m16n8k8, where it may be rounded to TF32, which the operands are on their way from shared memory; else float and
-// double multiply in registers, a thread 8 x 8 and 4 x 4. Operations: 2 * positions * results * taps * channels,
-// rounded up to tiles. Bytes: a tile of the source is read once for every kN results, taps and neighbouring blocks from
-// the caches; the results are written once, through shared memory so that they are written along memory, too.
+// banks. 16-bit types multiply on the matrix units, m16n8k16 with float sums, a warp 64 x 32 (of 32 columns 32 x 32,
+// of conv_kernel's 128 64 x 64: fewer reads of shared memory), and so does float, m16n8k8, where it may be rounded to
+// TF32, which the operands are on their way from shared memory, and the weight when it is packed; else float and double
+// multiply in registers, a thread 8 x 8 and 4 x 4. Operations: 2 * positions * results * taps * channels, rounded up to
+// tiles. Bytes: a tile of the source is read once for every kN results, taps and neighbouring blocks from the caches;
+// the results are written once, through shared memory so that they are written along memory, too.
 #pragma once
 
 #include <type_traits>
@@ -57,12 +58,13 @@ struct SharedTile {
 };
 
 // What a block computes at once, and with how many threads.
-template <class T, int kM_, int kN_, bool kMatrixUnits_>
+template <class T, int kM_, int kN_, bool kMatrixUnits_, int kWarpN_ = 32>
 struct Shape {
   using Element = T;
   static constexpr int kM = kM_, kN = kN_, kDepth = 64 / sizeof(T);
   static constexpr bool kMatrixUnits = kMatrixUnits_;
-  static constexpr int kThreads = kMatrixUnits ? kM / 64 * (kN / 32) * 32 : 128;
+  static constexpr int kWarpM = kN == 32 ? 32 : 64, kWarpN = kWarpN_;  // a warp's part, on the matrix units
+  static constexpr int kThreads = kMatrixUnits ? kM / kWarpM * (kN / kWarpN) * 32 : 128;
 };
 
 // ---- loaders ----
@@ -80,17 +82,21 @@ class PixelLoader {
   template <class PositionOf>
   __device__ void set_positions(const PositionOf& position_of) {
 #pragma unroll
-    for (int u = 0; u < kOwn; ++u) {
-      positions_[u] = position_of(row_of(u));
-      positions_[u].row = taps_.rows.first + positions_[u].row * taps_.rows.step;
-      positions_[u].col = taps_.cols.first + positions_[u].col * taps_.cols.step;
+    for (int u = 0; u < kOwnRows; ++u) {
+      Position& p = positions_[u];
+      p = position_of(row_of(u));
+      p.row = taps_.rows.first + p.row * taps_.rows.step;
+      p.col = taps_.cols.first + p.col * taps_.cols.step;
+      places_[u] = first_place<T>(source_) + step_of<kMasked>(source_, p.n, first_channel_, p.row, p.col);
+      if (p.n < 0) p.row = kNowhere;
     }
   }
   __device__ void set_entries(int first) {
 #pragma unroll
-    for (int u = 0; u < kOwn; ++u) {
+    for (int u = 0; u < kOwnChunks; ++u) {
       indices_[u] = first + chunk_of(u) * N;
       entries_[u] = entry_of(taps_, indices_[u]);
+      steps_[u] = step_to(entries_[u]);
     }
   }
   // Starts to load; the tile is complete once `finish` has been called and its copies have been waited for.
@@ -98,10 +104,8 @@ class PixelLoader {
 #pragma unroll
     for (int u = 0; u < kOwn; ++u) {
       if constexpr (kAccess == Access::kCopies) {
-        const int row = row_at(u, entries_[u]), col = col_at(u, entries_[u]);
-        const bool valid = has(u, indices_[u], row, col);
-        const int64_t at = valid ? offset(source_.stride, positions_[u].n, channel(entries_[u]), row, col) : 0;
-        start_copy(&tile.chunk(row_of(u), chunk_of(u)), static_cast<const T*>(source_.data) + at, valid);
+        start_copy(&tile.chunk(row_of(u), chunk_of(u)), (place_of(u) + steps_[u % kOwnChunks]).data,
+                   has(u, index_of(u), entries_[u % kOwnChunks]));
       } else {
         packs_[u] = load(u);
       }
@@ -116,8 +120,10 @@ class PixelLoader {
 
  private:
   static constexpr int N = Tile::kElements, kOwn = kRows * Tile::kChunks / kThreads;
-  // Threads that are neighbours take chunks that are neighbours in memory: of a row, or of a column.
+  // Threads that are neighbours take chunks that are neighbours in memory: of a row, or of a column. A thread's own are
+  // one of each of its rows, or all of one.
   static constexpr bool kAlongRows = kAccess == Access::kCopies || kAccess == Access::kPacks;
+  static constexpr int kOwnRows = kAlongRows ? kOwn : 1, kOwnChunks = kAlongRows ? 1 : kOwn;
   static constexpr bool kMasked = kAccess == Access::kPacks || kAccess == Access::kMaskedElements;
   static_assert(kAlongRows ? kThreads % Tile::kChunks == 0 : kThreads % kRows == 0);
 
@@ -127,25 +133,30 @@ class PixelLoader {
   __device__ static int chunk_of(int u) {
     return kAlongRows ? int(threadIdx.x) % Tile::kChunks : int(threadIdx.x) / kRows + u * (kThreads / kRows);
   }
-  __device__ int row_at(int u, const Entry& entry) const { return positions_[u].row + entry.i * taps_.rows.tap; }
-  __device__ int col_at(int u, const Entry& entry) const { return positions_[u].col + entry.j * taps_.cols.tap; }
-  __device__ int channel(const Entry& entry) const { return first_channel_ + entry.channel; }
-  __device__ bool has(int u, int index, int row, int col) const {
-    return positions_[u].n >= 0 && index < taps_.depth && source_.has(row, col);
+  __device__ const Position& position_of(int u) const { return positions_[u % kOwnRows]; }
+  __device__ const Place<T>& place_of(int u) const { return places_[u % kOwnRows]; }
+  __device__ int index_of(int u) const { return indices_[u % kOwnChunks]; }
+
+  __device__ int row_at(int u, const Entry& entry) const { return position_of(u).row + entry.i * taps_.rows.tap; }
+  __device__ int col_at(int u, const Entry& entry) const { return position_of(u).col + entry.j * taps_.cols.tap; }
+  __device__ Step step_to(const Entry& entry) const {
+    return step_of<kMasked>(source_, 0, entry.channel, entry.i * taps_.rows.tap, entry.j * taps_.cols.tap);
+  }
+  __device__ bool has(int u, int index, const Entry& entry) const {
+    return (index < taps_.depth) & source_.has(row_at(u, entry), col_at(u, entry));
   }
 
   __device__ Pack<T, N> load(int u) const {
-    if (kAlongRows || taps_.channels % N == 0) return load_tap<N, kAlongRows>(u, indices_[u], entries_[u]);
+    if (kAlongRows || taps_.channels % N == 0)
+      return load_tap<N, kAlongRows>(u, index_of(u), entries_[u % kOwnChunks], steps_[u % kOwnChunks]);
     Pack<T, N> pack = {};
     if constexpr (kAccess == Access::kElements) {
-      const Position& p = positions_[u];
-      if (p.n < 0) return pack;
-      const T* const first =
-          static_cast<const T*>(source_.data) + offset(source_.stride, p.n, first_channel_, p.row, p.col);
+      const Position& p = position_of(u);
+      const T* const first = place_of(u).data;
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        const TapTable::Place place = table_.places[indices_[u] + e];
-        if (source_.has(p.row + place.row, p.col + place.col)) pack.values[e] = first[place.offset];
+        const TapTable::Entry entry = table_.entries[index_of(u) + e];
+        if (source_.has(p.row + entry.row, p.col + entry.col)) pack.values[e] = first[entry.offset];
       }
     } else if constexpr (!kAlongRows) {
 #pragma unroll 1
@@ -153,27 +164,29 @@ class PixelLoader {
         // `e` must not index registers.
 #pragma unroll
         for (int i = 1; i < N; ++i) pack.values[i - 1] = pack.values[i];
-        const int index = indices_[u] + e;
-        pack.values[N - 1] = load_tap<1, false>(u, index, entry_of(taps_, index)).values[0];
+        const int index = index_of(u) + e;
+        const Entry entry = entry_of(taps_, index);
+        pack.values[N - 1] = load_tap<1, false>(u, index, entry, step_to(entry)).values[0];
       }
     }
     return pack;
   }
   // Channels of one tap.
   template <int kCount, bool kNeighbours>
-  __device__ Pack<T, kCount> load_tap(int u, int index, const Entry& entry) const {
-    const int row = row_at(u, entry), col = col_at(u, entry);
-    if (!has(u, index, row, col)) return {};
-    return load_pixel<T, kCount, kNeighbours, kMasked>(source_, positions_[u].n, channel(entry), row, col);
+  __device__ Pack<T, kCount> load_tap(int u, int index, const Entry& entry, const Step& step) const {
+    if (!has(u, index, entry)) return {};
+    return load_place<T, kCount, kNeighbours, kMasked>(source_, place_of(u) + step, row_at(u, entry), col_at(u, entry));
   }
 
   const Source& source_;
   const Taps& taps_;
   const TableOf<kAccess>& table_;
   int first_channel_;
-  Position positions_[kOwn];  // where tap (0, 0) is
-  int indices_[kOwn];
-  Entry entries_[kOwn];
+  Position positions_[kOwnRows];  // where tap (0, 0) is
+  Place<T> places_[kOwnRows];     // of its channel 0
+  int indices_[kOwnChunks];
+  Entry entries_[kOwnChunks];
+  Step steps_[kOwnChunks];  // to the entries from there
   Pack<T, N> packs_[kOwn];
 };
 
@@ -184,20 +197,21 @@ class WeightLoader {
   using Tile = SharedTile<T, kRows, kColumns>;
 
   // first: the first result's row, of `rows` that there are.
-  __device__ WeightLoader(const T* first, int rows, int depth) : first_(first), rows_(rows), depth_(depth) {}
+  __device__ WeightLoader(const T* first, int rows, int depth)
+      : first_(first + int64_t(row_of(0)) * depth + chunk() * Tile::kElements), rows_(rows), depth_(depth) {}
   __device__ void start(Tile& tile, int first_entry) const {
 #pragma unroll
-    for (int u = 0; u < kRows * Tile::kChunks / kThreads; ++u) {
-      const int row = int(threadIdx.x) / Tile::kChunks + u * (kThreads / Tile::kChunks);
-      const int chunk = int(threadIdx.x) % Tile::kChunks;
-      const bool valid = row < rows_;
-      const int64_t at = valid ? int64_t(row) * depth_ + first_entry + chunk * Tile::kElements : 0;
-      start_copy(&tile.chunk(row, chunk), first_ + at, valid);
-    }
+    for (int u = 0; u < kRows / kStep; ++u)
+      start_copy(&tile.chunk(row_of(u), chunk()), first_ + int64_t(u * kStep) * depth_ + first_entry,
+                 row_of(u) < rows_);
   }
 
  private:
-  const T* first_;
+  static constexpr int kStep = kThreads / Tile::kChunks;
+  __device__ static int row_of(int u) { return int(threadIdx.x) / Tile::kChunks + u * kStep; }
+  __device__ static int chunk() { return int(threadIdx.x) % Tile::kChunks; }
+
+  const T* first_;  // that the thread copies
   int rows_, depth_;
 };
 
@@ -212,6 +226,7 @@ class PlainSums {
 
  public:
   static constexpr int kI = Shape::kM / kThreadsM, kJ = Shape::kN / kThreadsN;
+  static constexpr int kPair = 1;  // columns that are neighbours
 
   __device__ static int m_of(int i) { return spread<kThreadsM>(int(threadIdx.x) / kThreadsN, i); }
   __device__ static int n_of(int j) { return spread<kThreadsN>(int(threadIdx.x) % kThreadsN, j); }
@@ -260,14 +275,15 @@ class PlainSums {
   Accumulator<T> sums_[kI][kJ] = {};
 };
 
-// The same on the matrix units: a warp has 64 x 32, as 4 x 4 products of 16 x 8.
+// The same on the matrix units: a warp's part is products of 16 x 8.
 template <class Shape, bool kAcross>
 class MatrixSums {
   using T = typename Shape::Element;
-  static constexpr int N = kPackElements<T>, kWarpsM = Shape::kM / 64;
+  static constexpr int N = kPackElements<T>, kWarpsM = Shape::kM / Shape::kWarpM;
+  static constexpr int kProductsM = Shape::kWarpM / 16, kProductsN = Shape::kWarpN / 8;
 
  public:
-  static constexpr int kI = 8, kJ = 8;
+  static constexpr int kI = 2 * kProductsM, kJ = 2 * kProductsN, kPair = 2;
 
   __device__ static int m_of(int i) { return first_m() + i / 2 * 16 + i % 2 * 8 + int(threadIdx.x) % 32 / 4; }
   __device__ static int n_of(int j) { return first_n() + j / 2 * 8 + int(threadIdx.x) % 4 * 2 + j % 2; }
@@ -275,47 +291,50 @@ class MatrixSums {
 
   template <class TileA, class TileB>
   __device__ void add(TileA& a, TileB& b) {
-    // Of a, one of 4 x 4 products of 16 x 8 needs all four matrices; of b, two.
+    // Of a, a product needs all four matrices; of b, two.
 #pragma unroll
     for (int k = 0; k < Shape::kDepth; k += 2 * N) {
-      unsigned of_a[4][4], of_b[2][4];
+      unsigned of_a[kProductsM][4], of_b[kProductsN / 2][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) load<true>(of_a[i], a, first_m() + i * 16, k);
+      for (int i = 0; i < kProductsM; ++i) load<true>(of_a[i], a, first_m(), i * 16, k);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) load<false>(of_b[j], b, first_n() + j * 16, k);
+      for (int j = 0; j < kProductsN / 2; ++j) load<false>(of_b[j], b, first_n(), j * 16, k);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < kProductsM; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_add_matrices<T>(sums_[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
+        for (int j = 0; j < kProductsN; ++j) multiply_add_matrices<T>(sums_[i][j], of_a[i], of_b[j / 2] + j % 2 * 2);
     }
   }
 
  private:
-  __device__ static int first_m() { return int(threadIdx.x) / 32 % kWarpsM * 64; }
-  __device__ static int first_n() { return int(threadIdx.x) / 32 / kWarpsM * 32; }
+  __device__ static int first_m() { return int(threadIdx.x) / 32 % kWarpsM * Shape::kWarpM; }
+  __device__ static int first_n() { return int(threadIdx.x) / 32 / kWarpsM * Shape::kWarpN; }
 
-  // Four matrices, 8 of the product's rows or columns from `outer` on by N of what is summed over from `k` on. The
-  // second one is further along the former (kOuterFirst) or along the latter.
+  // Four matrices, 8 of the product's rows or columns from first + outer on by N of what is summed over from `k` on.
+  // The second one is further along the former (kOuterFirst) or along the latter.
   template <bool kOuterFirst, class Tile>
-  __device__ static void load(unsigned (&matrices)[4], Tile& tile, int outer, int k) {
+  __device__ static void load(unsigned (&matrices)[4], Tile& tile, int first, int outer, int k) {
     const int lane = int(threadIdx.x) % 32;
-    const auto outer_of = [&](int matrix) { return outer + (kOuterFirst ? matrix % 2 : matrix / 2) * 8; };
+    const auto outer_of = [&](int matrix) { return first + (kOuterFirst ? matrix % 2 : matrix / 2) * 8; };
     const auto k_of = [&](int matrix) { return kOuterFirst ? matrix / 2 : matrix % 2; };
     if constexpr (kAcross && sizeof(T) == 4) {
       // Only 16-bit elements come transposed. Which of the 8 rows a lane takes for which is free, if a's and b's are
       // the same: every other row lies in banks of its own.
 #pragma unroll
-      for (int m = 0; m < 4; ++m) matrices[m] = to_tf32(tile.at(k + lane % 4 * 2 + k_of(m), outer_of(m) + lane / 4));
+      for (int m = 0; m < 4; ++m)
+        matrices[m] = to_tf32(tile.at(k + lane % 4 * 2 + k_of(m), outer_of(m) + outer + lane / 4));
     } else {
       const int row = outer_of(lane / 8), at = k + k_of(lane / 8) * N, within = lane % 8;
-      load_matrices<kAcross>(matrices, kAcross ? &tile.chunk(at + within, row / 8) : &tile.chunk(row + within, at / N));
-      if constexpr (sizeof(T) == 4)
+      // Eight rows on chunks are swizzled alike: `outer` adds a constant to the address.
+      load_matrices<kAcross>(matrices, kAcross ? &tile.chunk(at + within, (row + outer) / 8)
+                                               : &tile.chunk(row + within, at / N) + outer * Tile::kChunks);
+      if constexpr (sizeof(T) == 4 && kOuterFirst)  // b is the weight, which has been packed as TF32 numbers
 #pragma unroll
         for (unsigned& word : matrices) word = to_tf32(word);
     }
   }
 
-  float sums_[4][4][4] = {};
+  float sums_[kProductsM][kProductsN][4] = {};
 };
 
 template <class Shape, bool kAcross>
@@ -361,56 +380,52 @@ struct ConvArgs {
   const void* weight;   // packed
   int packed_depth;
   Divisor window = {}, window_cols = {};  // elements, and columns, of a max-pool's window
-  int tile_windows = 0;                   // that a tile has
-  bool channels_adjacent = false;         // results can be written in packs
+  Divisor tile_rows = {};                 // positions of a tile
+  bool in_packs = false;                  // results, and codes, can be written in packs
 };
 
 // The position whose result is row `m` of a tile: with a max-pool, an element of a window.
 __device__ inline Position position_of(const ConvArgs& args, const PositionsFrom& positions, int m) {
   if (!args.problem.pool_code) return positions[m];
   const int window = divide_off(m, args.window);
-  if (window >= args.tile_windows) return {-1, 0, 0};
+  if (window >= int(args.tile_rows.divisor)) return {-1, 0, 0};
   Position p = positions[window];
   p.row = p.row * int(args.problem.pool.stride_h) + divide_off(m, args.window_cols);
   p.col = p.col * int(args.problem.pool.stride_w) + m;
   return p;
 }
 
-// Writes a tile of results, in the order in which they lie in memory.
-template <class Shape, class Tile>
-__device__ void write_results(const ConvArgs& args, Tile& results, const PositionsFrom& positions, int first_channel,
-                              int channels) {
+// A tile of results, on their way to memory.
+template <class Shape>
+struct Results {
+  SharedTile<typename Shape::Element, Shape::kM, Shape::kN> tile;
+  int64_t places[Shape::kM];  // of the rows, or of windows of them, in memory; -1: of none
+};
+
+// Writes a tile of results, a thread 16 bytes of channels at a time. Neighbouring threads take what neighbours in
+// memory: channels, where these can be written in packs, or else positions.
+template <class Shape>
+__device__ void write_results(const ConvArgs& args, Results<Shape>& results, int channels) {
   using T = typename Shape::Element;
   constexpr int N = kPackElements<T>, kChunks = Shape::kN / N;
-  T* const result = static_cast<T*>(args.problem.result);
-  const auto at = [&](const Position& p, int n) {
-    return offset(args.problem.result_stride, p.n, first_channel + n, p.row, p.col);
-  };
-  if (args.problem.pool_code) {
-    const int windows = args.tile_windows;
-    for (int index = int(threadIdx.x); index < windows * Shape::kN; index += Shape::kThreads) {
-      const int window = args.channels_adjacent ? index / Shape::kN : index % windows;
-      const int n = args.channels_adjacent ? index % Shape::kN : index / windows;
-      const Position p = positions[window];
-      if (p.n < 0 || n >= channels) continue;
-      const int elements = int(args.window.divisor);
-      const auto top =
-          maximum_of<Accumulator<T>>(elements, [&](int e) { return widen(results.at(window * elements + e, n)); });
-      result[at(p, n)] = narrow<T>(top.value);
-      args.problem.pool_code[at(p, n)] = top.code;
+  const ConvProblem& problem = args.problem;
+  const int64_t stride = problem.result_stride.c;
+  const int rows = int(args.tile_rows.divisor), elements = int(args.window.divisor);
+  for (unsigned index = threadIdx.x; index < unsigned(rows * kChunks); index += Shape::kThreads) {
+    int row = int(index / kChunks), chunk = int(index % kChunks);
+    if (!args.in_packs) row = int(index), chunk = divide_off(row, args.tile_rows);
+    const int n = chunk * N;
+    const int64_t place = results.places[row];
+    if (place < 0 || n >= channels) continue;
+    const int64_t at = place + n * stride;
+    T* const result = static_cast<T*>(problem.result) + at;
+    if (problem.pool_code) {
+      const auto top = maxima_of<T, N>(elements, [&](int e) { return results.tile.chunk(row * elements + e, chunk); });
+      store_channels(result, stride, args.in_packs, channels - n, top.values);
+      store_channels(problem.pool_code + at, stride, args.in_packs, channels - n, top.codes);
+    } else {
+      store_channels(result, stride, args.in_packs, channels - n, results.tile.chunk(row, chunk));
     }
-  } else if (args.channels_adjacent) {
-    for (int index = int(threadIdx.x); index < Shape::kM * kChunks; index += Shape::kThreads) {
-      const int m = index / kChunks, chunk = index % kChunks;
-      const Position p = positions[m];
-      if (p.n >= 0 && chunk * N < channels) store_pack(result + at(p, chunk * N), results.chunk(m, chunk));
-    }
-  } else {
-    const int m = int(threadIdx.x) % Shape::kM;
-    const Position p = positions[m];
-    if (p.n < 0) return;
-    for (int n = int(threadIdx.x) / Shape::kM; n < channels && n < Shape::kN; n += Shape::kThreads / Shape::kM)
-      result[at(p, n)] = results.at(m, n);
   }
 }
 
@@ -422,7 +437,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kAccess == Access::kCopies ? 
   using Weights = WeightLoader<T, Shape::kN, Shape::kDepth, Shape::kThreads>;
   __shared__ union {
     Stage<typename Pixels::Tile, typename Weights::Tile> stages[kStages];
-    SharedTile<T, Shape::kM, Shape::kN> results;
+    Results<Shape> results;
   } shared;
 
   // Neighbouring blocks read the same positions.
@@ -433,7 +448,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kAccess == Access::kCopies ? 
   const int64_t tile = rest / unsigned(problem.groups);
   const int first_result = group * problem.group_results + first_n, results = problem.group_results - first_n;
 
-  const PositionsFrom positions(args.positions, tile * (problem.pool_code ? args.tile_windows : Shape::kM));
+  const PositionsFrom positions(args.positions, tile * args.tile_rows.divisor);
   Pixels pixels(args.source, args.taps, table, group * problem.group_channels);
   pixels.set_positions([&](int m) { return position_of(args, positions, m); });
   const Weights weights(static_cast<const T*>(args.weight) + int64_t(first_result) * args.packed_depth, results,
@@ -449,20 +464,32 @@ __global__ void __launch_bounds__(Shape::kThreads, kAccess == Access::kCopies ? 
       [&](auto& stage) { pixels.finish(stage.a); });
   __syncthreads();  // the results take the tiles' memory
 
+  for (int row = int(threadIdx.x); row < int(args.tile_rows.divisor); row += Shape::kThreads) {
+    const Position p = positions[row];
+    shared.results.places[row] = p.n < 0 ? -1 : offset(problem.result_stride, p.n, first_result, p.row, p.col);
+  }
+  constexpr int kPair = sums.kPair;
 #pragma unroll
-  for (int j = 0; j < sums.kJ; ++j) {
-    Accumulator<T> bias = 0;
-    if (problem.bias && sums.n_of(j) < results)
-      bias = widen(static_cast<const T*>(problem.bias)[(first_result + sums.n_of(j)) * problem.bias_stride]);
+  for (int j = 0; j < sums.kJ; j += kPair) {
+    Accumulator<T> bias[kPair] = {};
+#pragma unroll
+    for (int q = 0; q < kPair; ++q)
+      if (problem.bias && sums.n_of(j + q) < results)
+        bias[q] = widen(static_cast<const T*>(problem.bias)[(first_result + sums.n_of(j + q)) * problem.bias_stride]);
 #pragma unroll
     for (int i = 0; i < sums.kI; ++i) {
-      Accumulator<T> value = sums.at(i, j) + bias;
-      if (problem.relu && value < 0) value = 0;
-      shared.results.at(sums.m_of(i), sums.n_of(j)) = narrow<T>(value);
+      Pack<T, kPair> pair;
+#pragma unroll
+      for (int q = 0; q < kPair; ++q) {
+        Accumulator<T> value = sums.at(i, j + q) + bias[q];
+        if (problem.relu && value < 0) value = 0;
+        pair.values[q] = narrow<T>(value);
+      }
+      store_pack(&shared.results.tile.at(sums.m_of(i), sums.n_of(j)), pair);
     }
   }
   __syncthreads();
-  write_results<Shape>(args, shared.results, positions, first_result, results);
+  write_results(args, shared.results, results);
 }
 
 // ---- the gradient of the weight ----
@@ -531,19 +558,24 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 // The sums of a block, by the size of an element.
 constexpr int tile_rows(size_t element) { return element == 8 ? 64 : 128; }
 constexpr int tile_columns(size_t element, int results) {
-  return element == 8 ? 32 : element == 4 || results <= 64 ? 64 : 128;
+  return element == 8 || (element == 2 && results <= 32) ? 32 : element == 4 || results <= 64 ? 64 : 128;
 }
 constexpr int64_t kStepBytes = 64;
 
-// Calls f(Shape of T for the problem).
-template <class T, class F>
+// Calls f(Shape of T for the problem). kWarpN: of 128 columns.
+template <class T, int kWarpN, class F>
 cudaError_t with_shape(const ConvGeometry& g, const F& f) {
   constexpr int kM = tile_rows(sizeof(T)), kN = tile_columns(sizeof(T), 1);
-  if constexpr (sizeof(T) == 2)
-    if (tile_columns(sizeof(T), g.group_results) == 128) return f(Shape<T, kM, 128, true>{});
-  if constexpr (sizeof(T) == 4)
-    if (g.tf32) return f(Shape<T, kM, kN, true>{});
-  return f(Shape<T, kM, kN, sizeof(T) == 2>{});
+  if constexpr (sizeof(T) == 2) {
+    const int columns = tile_columns(sizeof(T), g.group_results);
+    if (columns == 128) return f(Shape<T, kM, 128, true, kWarpN>{});
+    if (columns == 64) return f(Shape<T, kM, 64, true>{});
+    return f(Shape<T, kM, 32, true>{});
+  } else {
+    if constexpr (sizeof(T) == 4)
+      if (g.tf32) return f(Shape<T, kM, kN, true>{});
+    return f(Shape<T, kM, kN, false>{});
+  }
 }
 
 // Whether kElements reads this source.
@@ -554,11 +586,10 @@ bool in_chunks_or_table(const Args& args, TapTable& table) {
 
 template <class T>
 cudaError_t launch_conv_tiles(const ConvArgs& args, Access access, cudaStream_t stream) {
-  return with_shape<T>(args.problem, [&](auto shape) {
+  return with_shape<T, 64>(args.problem, [&](auto shape) {
     using S = decltype(shape);
-    const int64_t rows = args.problem.pool_code ? args.tile_windows : S::kM;
-    const int64_t blocks =
-        ceil_div(args.positions.count, rows) * args.problem.groups * ceil_div(args.problem.group_results, S::kN);
+    const int64_t blocks = ceil_div(args.positions.count, args.tile_rows.divisor) * args.problem.groups *
+                           ceil_div(args.problem.group_results, S::kN);
     const auto run = [&](auto kernel, const auto& table) {
       return launch(kernel, blocks, S::kThreads, stream, args, table);
     };
@@ -576,7 +607,8 @@ cudaError_t launch_conv_tiles(const ConvArgs& args, Access access, cudaStream_t 
 template <class T>
 cudaError_t launch_grad_weight_tiles(const GradWeightArgs& args, int64_t slices, Access access, bool grad_packs,
                                      cudaStream_t stream) {
-  return with_shape<T>(args.problem, [&](auto shape) {
+  // Its loaders leave no registers for a warp's 64 x 64.
+  return with_shape<T, 32>(args.problem, [&](auto shape) {
     using S = decltype(shape);
     const int64_t blocks =
         slices * args.problem.groups * ceil_div(args.taps.depth, S::kM) * ceil_div(args.problem.group_results, S::kN);

@@ -49,6 +49,35 @@ __device__ inline f16 narrow<f16>(float value) {
   return result;
 }
 
+// All bits of each half of y, two values, in which it is greater than 0 or NaN: where ReLU's gradient passes.
+template <class T>
+__device__ inline unsigned relu_mask(unsigned y);
+template <>
+__device__ inline unsigned relu_mask<f16>(unsigned y) {
+  unsigned mask;
+  asm("set.gtu.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(y), "r"(0));
+  return mask;
+}
+template <>
+__device__ inline unsigned relu_mask<bf16>(unsigned y) {
+#if __CUDA_ARCH__ >= 900
+  unsigned mask;
+  asm("set.gtu.u32.bf16x2 %0, %1, %2;" : "=r"(mask) : "r"(y), "r"(0));
+  return mask;
+#else
+  return (__uint_as_float(y << 16) <= 0 ? 0 : 0xffff) | (__uint_as_float(y & 0xffff0000) <= 0 ? 0 : 0xffff0000);
+#endif
+}
+
+// All bits of each half for which the byte `first` or the next one of `bytes` is `byte`: compared as the last digits of
+// two halves of float16, 1 and a little more.
+__device__ inline unsigned equal_mask(unsigned bytes, int first, int byte) {
+  const unsigned halves = __byte_perm(bytes, 0x3c3c3c3c, first * 0x101 + 0x4140);
+  unsigned mask;
+  asm("set.eq.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(halves), "r"(0x3c003c00 + byte * 0x10001));
+  return mask;
+}
+
 // e^x of x <= 0 or NaN, absolutely accurate to 1e-7 in float: one multiplication and one special-function operation.
 __device__ inline double exp_nonpositive(double x) { return exp(x); }
 __device__ inline float exp_nonpositive(float x) {

@@ -21,6 +21,17 @@ T narrow(Accumulator<T> value) {
   return from_accumulator<T>(value);
 }
 
+template <class T>
+unsigned relu_mask(unsigned y) {
+  const auto mask = [](unsigned half) { return to_accumulator(T{uint16_t(half)}) <= 0 ? 0 : 0xffff; };
+  return unsigned(mask(y & 0xffff)) | unsigned(mask(y >> 16)) << 16;
+}
+
+inline unsigned equal_mask(unsigned bytes, int first, int byte) {
+  const auto mask = [&](int index) { return int(bytes >> index * 8 & 0xff) == byte ? 0xffff : 0; };
+  return unsigned(mask(first)) | unsigned(mask(first + 1)) << 16;
+}
+
 inline double exp_nonpositive(double x) { return exp(x); }
 inline float exp_nonpositive(float x) { return exp2f(x * 1.4426950408889634f); }
 
