@@ -242,6 +242,34 @@ def test_third_derivative(backend):
     torch.testing.assert_close(third(F.cross_entropy), third(native.cross_entropy))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("target", "dtype", "options"),
+    [
+        ([0, 3, 1], torch.uint8, {"ignore_index": 3 - 256}),
+        ([0, 3, 1], torch.uint8, {"ignore_index": 3}),
+        ([0, -100, 1], torch.int64, {"label_smoothing": 0.1}),
+        ([-100, -100, -100], torch.int64, {}),
+        ([0, 3, 1], torch.int64, {"label_smoothing": -0.5}),
+    ],
+    ids=str,
+)
+def test_gradient_of_the_gradient(backend, target, dtype, options, reduction):
+    x, target = torch.randn(3, 4, dtype=torch.float64), torch.tensor(target, dtype=dtype)
+    weights = torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4)
+
+    def derivatives(function):
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf, target, reduction=reduction, **options)
+        grad_output = torch.full_like(loss, 0.7, requires_grad=True)
+        (grad,) = torch.autograd.grad(loss, leaf, grad_output, create_graph=True)
+        return loss, grad, *torch.autograd.grad(grad, (leaf, grad_output), weights)
+
+    expected = derivatives(native.cross_entropy)
+    x[target.long() == options.get("ignore_index", -100)] = float("inf")  # does not count; native makes NaN of it
+    torch.testing.assert_close(derivatives(F.cross_entropy), expected, equal_nan=True)
+
+
 def test_same_tensor_as_logits_and_probabilities(backend):
     x = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: F.cross_entropy(x, x), x)
