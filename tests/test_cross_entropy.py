@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import mostly_big
 from torch.nn import functional as native
@@ -22,12 +22,6 @@ pytestmark = pytest.mark.kernels
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
-HYPOTHESIS = settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 def class_dim(x):
@@ -160,7 +154,7 @@ def cast(value, dtype):
 
 
 @given(problem=problems())
-@HYPOTHESIS
+@settings(max_examples=40)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_against_float64(backend, dtype, problem):
     x, target, kwargs, layout, target_layout = problem

@@ -13,7 +13,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizers import CLASSES, DTYPES, LAYOUTS, SHAPES, TYPICAL, Pair, options, special, values_of
 from reference import mostly_big
@@ -26,12 +26,6 @@ import fastnn.optim
 pytestmark = pytest.mark.kernels
 
 each = pytest.mark.parametrize("name", CLASSES)
-few = settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 def test_everything_else_is_torchs():
@@ -52,7 +46,7 @@ def test_everything_else_is_torchs():
 
 @each
 @given(data=st.data())
-@few
+@settings(max_examples=25)
 def test_equals_native(backend, name, data):
     shapes = data.draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4))
     layouts = [data.draw(st.sampled_from(LAYOUTS)) for _ in shapes]
