@@ -13,7 +13,7 @@ torch::stable::Tensor tensor_of(py::handle object) {
   const TorchObjects& torch = torch_objects();
   DLTensor view;
   if (!torch.dlpack || !torch.handle_of_tensor || !torch.tensors_of_handles || !torch.view(object, &view) ||
-      view.device_type != kDLCPU)
+      view.device_type != kCpuDevice)
     throw NotCovered("not a plain CPU tensor");
   const py::object capsule = torch.handle_of_tensor(object);
   torch::stable::Tensor tensor(static_cast<AtenTensorHandle>(PyCapsule_GetPointer(capsule.ptr(), nullptr)));

@@ -1,5 +1,7 @@
 #include "common/torch_objects.h"
 
+#include "common/tensor_lists.h"
+
 namespace py = pybind11;
 
 namespace fastnn {
@@ -17,7 +19,7 @@ PyObject* are_plain(PyObject*, PyObject* objects) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); ++i) {
     PyObject* object = PyTuple_GET_ITEM(objects, i);
     if (object == Py_None) continue;
-    if (!torch.dlpack || !torch.view(object, &tensor) || tensor.device_type != kDLCPU) Py_RETURN_FALSE;
+    if (!torch.dlpack || !torch.view(object, &tensor) || tensor.device_type != kCpuDevice) Py_RETURN_FALSE;
     if (!any) first = tensor;
     any = true;
     if (tensor.type_code != first.type_code || tensor.type_bits != first.type_bits) Py_RETURN_FALSE;

@@ -24,7 +24,6 @@ struct DLPackExchangeAPI {
   int (*dltensor_from_object)(void* object, DLTensor* out);  // borrows; on failure sets a Python error
   void* current_stream;
 };
-constexpr int32_t kDLCPU = 1;
 constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
 
 struct TorchObjects {
