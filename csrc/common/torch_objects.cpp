@@ -54,6 +54,7 @@ TorchObjects::TorchObjects() {
   tensor = reinterpret_cast<PyTypeObject*>(tensor_type.ptr());
   parameter = reinterpret_cast<PyTypeObject*>(torch.attr("nn").attr("Parameter").ptr());
   increment_version = library.attr("_increment_version");
+  is_neg = tensor_type.attr("is_neg");
   const py::object handles = py::getattr(library, "_aoti", py::none());
   handle_of_tensor = py::getattr(handles, "unsafe_alloc_void_ptr_from_tensor", py::object());
   tensors_of_handles = py::getattr(handles, "alloc_tensors_by_stealing_from_void_ptrs", py::object());
@@ -68,6 +69,13 @@ bool TorchObjects::view(py::handle object, DLTensor* out) const {
   if (dlpack->dltensor_from_object(object.ptr(), out) == 0) return true;
   PyErr_Clear();
   return false;
+}
+
+bool TorchObjects::negated(py::handle tensor) const {
+  PyObject* const answer = PyObject_CallOneArg(is_neg.ptr(), tensor.ptr());
+  if (!answer) throw py::error_already_set();
+  Py_DECREF(answer);
+  return answer == Py_True;
 }
 
 const TorchObjects& torch_objects() {

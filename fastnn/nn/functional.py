@@ -69,7 +69,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         return native.relu(input, inplace)
     if _few("relu", input, MAX_FEW_ELEMENTS) or not use_kernels("relu", input):
         return native.relu(input, inplace)
-    if inplace and not _writable(input):
+    if inplace and (input.is_neg() or not _writable(input)):  # a copy stands in for what is negated lazily
         log_once("relu", UNTAKEN)
         return native.relu(input, inplace)
     return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)

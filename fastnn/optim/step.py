@@ -176,6 +176,9 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
         if library is not None and not profiler_enabled():  # straight from the lists, past the dispatcher
             getattr(library, f"{op}_")(*lists, *options, *numbers.on_device)
             return True
+        if any(tensor is not None and tensor.is_neg() for tensors in lists for tensor in tensors):
+            log_once(op, "of a lazily negated tensor")  # which the dispatcher cannot write
+            return False
         run_dispatched(f"{op}_", *lists, *options, *numbers.on_device)
     except (library or _C).NotCovered as refusal:
         log_once(op, str(refusal))
