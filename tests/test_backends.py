@@ -316,6 +316,18 @@ def test_what_is_not_covered_gives_the_native_result_and_one_line(caplog, backen
     assert [record.getMessage() for record in caplog.records] == [line]
 
 
+def test_out_of_memory_says_of_what():
+    with pytest.raises(RuntimeError, match=r"allocate memory for a CPU tensor of shape \[1, 3, 8388626, 8388626\]"):
+        F.conv2d(IMAGES, WEIGHT, padding=2**22)
+
+
+def test_in_place_relu_of_a_slice_is_one_version():
+    x = torch.ones(6, 8)[:, ::2]
+    with fastnn.backend("cpu"):
+        F.relu_(x)
+    assert x._version == 1
+
+
 @pytest.mark.parametrize(
     "call",
     [
