@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -482,6 +483,8 @@ def logits_and_target():
 ODD_CALLS = {
     "list input": lambda f, X, T: f([1.0], T),
     "list target": lambda f, X, T: f(X, [0, 1, 2]),
+    "no input": lambda f, X, T: f(None, T),
+    "no target": lambda f, X, T: f(X, None),
     "integer input": lambda f, X, T: f(X.long(), T),
     "complex input": lambda f, X, T: f(X.to(torch.complex64), T),
     "int32 target": lambda f, X, T: f(X, T.int()),
@@ -505,6 +508,10 @@ ODD_CALLS = {
     "NaN smoothing": lambda f, X, T: f(X, T, label_smoothing=float("nan")),
     "string smoothing": lambda f, X, T: f(X, T, label_smoothing="a"),
     "tensor smoothing": lambda f, X, T: f(X, T, label_smoothing=torch.tensor(0.1)),
+    "tensor smoothing of two elements": lambda f, X, T: f(X, T, label_smoothing=torch.ones(2)),
+    "array smoothing": lambda f, X, T: f(X, T, label_smoothing=np.ones(2)),
+    "bool ignore_index": lambda f, X, T: f(X, T, ignore_index=True),
+    "ignore_index over 64 bits": lambda f, X, T: f(X, T, ignore_index=2**64),
     "string ignore_index": lambda f, X, T: f(X, T, ignore_index="a"),
     "float ignore_index": lambda f, X, T: f(X, T, ignore_index=1.5),
     "no ignore_index": lambda f, X, T: f(X, T, ignore_index=None),

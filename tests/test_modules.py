@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -285,6 +286,25 @@ def test_wrong_arguments_raise_as_torch_does(cls, kwargs):
     with pytest.raises(ValueError, match=r".") as ours:
         cls(3, 4, 3, **kwargs)
     assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("input", [None, [1.0]], ids=str)
+@pytest.mark.parametrize("forced", [None, "cpu"])
+def test_what_is_no_tensor_raises_as_in_torch(forced, input):
+    target = torch.tensor([0, 1])
+    for name, args, *more in (
+        ("Conv2d", (2, 3, 3)),
+        ("ReLU", ()),
+        ("MaxPool2d", (2,)),
+        ("CrossEntropyLoss", (), target),
+        ("CrossEntropyLoss", (torch.ones(2), None, -100, None, "mean", 0.1), target),
+    ):
+        errors = []
+        for module in (nn, native):
+            with fastnn.backend(forced) if forced else nullcontext(), pytest.raises(TypeError) as error:
+                getattr(module, name)(*args)(input, *more)
+            errors.append(str(error.value).splitlines()[0])
+        assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 8), (2, 3, 2, 2)])

@@ -18,7 +18,7 @@ PyObject* are_plain(PyObject*, PyObject* objects) {
   bool any = false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); ++i) {
     PyObject* object = PyTuple_GET_ITEM(objects, i);
-    if (object == Py_None) continue;
+    if (object == Py_None && i > 0) continue;
     if (!torch.dlpack || !torch.view(object, &tensor) || tensor.device_type != kCpuDevice) Py_RETURN_FALSE;
     if (!any) first = tensor;
     any = true;
@@ -40,7 +40,8 @@ PyObject* are_ints(PyObject*, PyObject* objects) { return PyBool_FromLong(all_in
 
 PyMethodDef questions[] = {
     {"are_plain", are_plain, METH_VARARGS,
-     "Whether all but None are plain CPU tensors in strided memory, of one dtype that the kernels have."},
+     "Whether all, but for those None behind the first, are plain CPU tensors in strided memory, of one dtype that the "
+     "kernels have."},
     {"are_ints", are_ints, METH_VARARGS,
      "Whether all are ints, strings, or tuples of these: no float or bool, which are equal to ints."},
     {nullptr, nullptr, 0, nullptr},
