@@ -352,6 +352,7 @@ class FusedConv2d(nn.Conv2d):
             or _has_any_global_hook()
             or hooked(passes_through)
             or "parametrizations" in self._modules  # its weight, computed at each use, may be needed twice
+            or "_conv_forward" in vars(self)  # one of its own
             or not use_kernels("conv2d_relu", input)
         ):
             return super().forward(input)
@@ -666,6 +667,8 @@ class _Search:
                 stopped = f"what goes into {step} is used elsewhere too"
             elif is_parametrized(conv):
                 stopped = f"it is parametrized, and {step} is not fused with a weight that is computed at each use"
+            elif "_conv_forward" in vars(conv):
+                stopped = f"its _conv_forward was replaced, and {step} is not fused with another function"
             elif seen_by:
                 stopped = f"a hook on {seen_by[0]} may see what goes into {step}"
             else:

@@ -275,6 +275,20 @@ def test_parametrized_convolutions_are_swapped_but_not_fused(backend, when):
     torch.testing.assert_close(run(ours, x), run(theirs, x))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_conv_forward_of_its_own_is_called(backend, when):
+    model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2)).double()
+    if when == "after":
+        fastnn.convert(model)
+    model[0]._conv_forward = lambda x, weight, bias: F.conv2d(x, weight, bias, 1, 1) * 2
+    if when == "before":
+        report = fastnn.convert(model)
+        assert not report.fused
+        assert report.left_alone[0][1].startswith("its _conv_forward was replaced")
+    x = image()
+    torch.testing.assert_close(model(x), F.max_pool2d(F.relu(F.conv2d(x, model[0].weight, model[0].bias, 1, 1) * 2), 2))
+
+
 def data_dependent(m, x):
     y = m.features(x)
     return m.head(y) if y.sum() > 0 else -m.head(y)

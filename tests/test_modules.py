@@ -192,6 +192,9 @@ HOOKS = {
     "forward hook": lambda m: m.register_forward_hook(lambda module, args, output: output * 2),
     "forward pre-hook": lambda m: m.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
     "backward hook": lambda m: m.register_full_backward_hook(lambda module, grads, _: tuple(g * 2 for g in grads)),
+    "a _conv_forward of its own": lambda m: setattr(
+        m, "_conv_forward", lambda *args: type(m)._conv_forward(m, *args) * 2
+    ),
     "a forward of its own": lambda m: setattr(m, "forward", lambda x: type(m).forward(m, x) * 2),
     "parametrization": lambda m: native.utils.parametrize.register_parametrization(m, "weight", native.Tanh()),
     "weight norm": lambda m: native.utils.weight_norm(m),
@@ -202,8 +205,8 @@ HOOKS = {
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_sequential_lets_hooks_see_what_is_between(place, hook):
-    if place and hook in ("parametrization", "weight norm"):
-        pytest.skip("of a weight")
+    if place and hook in ("parametrization", "weight norm", "a _conv_forward of its own"):
+        pytest.skip("of a convolution")
     ours, theirs = small(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2))
     for model in (ours, theirs):
         HOOKS[hook](model[place])

@@ -189,7 +189,7 @@ def _run(modules: list[nn.Module], input: Tensor) -> Tensor:
             and kinds[:1] == [ReLU]
             and type(input) is Tensor
             and not (_has_any_global_hook() or hooked(layers))
-            and not any("forward" in vars(module) for module in layers)
+            and not any({"forward", "_conv_forward"} & vars(module).keys() for module in layers)
             and use_kernels("conv2d_relu", input)
         ):
             operator = F.conv2d_relu_max_pool2d if pool else F.conv2d_relu
