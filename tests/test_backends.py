@@ -268,7 +268,7 @@ UNCOVERED = {
     "conv2d: native torch, because dtype torch.complex64 has no kernel": lambda: F.conv2d(
         IMAGES.to(torch.complex64), WEIGHT.to(torch.complex64)
     ),
-    "conv2d_relu_max_pool2d: native torch, because a 17 x 17 window has over 254 elements": lambda: (
+    "conv2d_relu_max_pool2d: native torch, because a 17 x 17 window has over 255 elements": lambda: (
         F.conv2d_relu_max_pool2d(IMAGES, WEIGHT, pool_kernel_size=17)
     ),
     "cross_entropy: native torch, because dtypes torch.float32 and torch.float64 are mixed": lambda: F.cross_entropy(

@@ -24,7 +24,7 @@ IntPair = int | tuple[int, ...] | list[int]
 # A strided convolution splits its input into stride_h * stride_w phases; csrc/cpu/kernels/conv2d.h holds as many.
 MAX_CONV2D_PHASES = 64
 
-MAX_POOL2D_WINDOW = 255  # elements: a byte says which one was chosen, and has one value more to say none
+MAX_POOL2D_WINDOW = _ops.max_pool2d.NO_ELEMENT  # elements: their numbers, and that one for none, fit into a byte
 
 # Up to here a ReLU takes some microseconds, as long as a call through autograd.Function, and a cross-entropy's forward
 # and backward pass together take no longer in native torch than in the kernels (docs/benchmarks.md).
@@ -268,20 +268,20 @@ def conv2d_relu_max_pool2d(
     """
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)
-    geometry = _conv_geometry("conv2d_relu_max_pool2d", input, weight, bias, (stride, padding, dilation, groups))
+    op = "conv2d_relu_max_pool2d"
+    geometry = _conv_geometry(op, input, weight, bias, (stride, padding, dilation, groups))
     window = _pair(pool_kernel_size)
     step = pool_step(window, pool_stride)
     if geometry is not None:
-        if window is None or step is None:
-            log_once("conv2d_relu_max_pool2d", UNTAKEN)
-        elif window[0] * window[1] > 254:
-            log_once("conv2d_relu_max_pool2d", f"a {window[0]} x {window[1]} window has over 254 elements")
-        elif min(window + step) > 0:
-            size = _ops.conv2d.output_size(input.shape, weight.shape, *geometry[:3])
-            if window[0] <= size[0] and window[1] <= size[1]:  # else torch raises
-                batch = input if input.dim() == 4 else input.unsqueeze(0)
-                output, _ = _ops.conv2d.conv2d_relu_max_pool2d(batch, weight, bias, *geometry, window, step)
-                return output if input.dim() == 4 else output.squeeze(0)
+        size = _ops.conv2d.output_size(input.shape, weight.shape, *geometry[:3])
+        if window is None or step is None or min(window + step) < 1 or window[0] > size[0] or window[1] > size[1]:
+            log_once(op, UNTAKEN)
+        elif window[0] * window[1] > MAX_POOL2D_WINDOW:
+            log_once(op, f"a {window[0]} x {window[1]} window has over {MAX_POOL2D_WINDOW} elements")
+        else:
+            batch = input if input.dim() == 4 else input.unsqueeze(0)
+            output, _ = _ops.conv2d.conv2d_relu_max_pool2d(batch, weight, bias, *geometry, window, step)
+            return output if input.dim() == 4 else output.squeeze(0)
     result = native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))
     return native.max_pool2d(result, pool_kernel_size, pool_stride)
 
