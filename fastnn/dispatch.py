@@ -30,7 +30,8 @@ BACKENDS = ("cpu", "cuda", "triton", "torch")
 
 # ---- the registry: what there is, and where it runs ----
 
-# Every op, the name of its files in csrc/cpu, csrc/cuda and fastnn/triton, with its operators in csrc/ops.cpp.
+# Every op, the name of its files in csrc/cpu and, where KERNELS below has it, in csrc/cuda and fastnn/triton, with its
+# operators in csrc/ops.cpp.
 OPERATORS = {
     "conv2d": ("conv2d", "conv2d_relu_max_pool2d", "conv2d_backward"),
     "relu": ("relu", "relu_", "relu_backward"),
