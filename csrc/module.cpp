@@ -22,7 +22,11 @@ std::vector<std::string> names(const std::vector<fastnn::cpu::Isa>& isas) {
 PYBIND11_MODULE(_C, m) {
   using namespace fastnn::cpu;
   m.doc() = "Build facts and the CPU instruction set in use.";
-  m.attr("compiler") = __VERSION__;
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;  // with its name
+#else
+  m.attr("compiler") = "GCC " __VERSION__;
+#endif
   m.attr("torch_built_with") = FASTNN_TORCH_VERSION;
   m.def("built_isas", [] { return names(built_isas()); }, "Instruction sets compiled in, fastest first.");
   m.def("available_isas", [] { return names(available_isas()); }, "Those of them this machine runs.");

@@ -180,6 +180,14 @@ def test(model: nn.Module, loader: Any, device: str) -> float:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+def check_can_save(path: Path) -> None:
+    """Said before an epoch is trained for it."""
+    if not path.parent.is_dir():
+        raise DataError(f"{path.parent}: no such folder")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise DataError(f"{path.parent}: cannot be written to")
+
+
 def save_checkpoint(path: Path, **state: Any) -> None:
     """Written beside ``path`` and moved there, so that an interruption leaves the old checkpoint."""
     partial = path.with_name(path.name + ".partial")
@@ -219,13 +227,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="saved here after every epoch, and resumed from if it is there")
     parser.add_argument("--convert", action="store_true", help="run the layers fused, by fastnn.convert(model)")
     args = parser.parse_args(argv)
-    for name in ("image_size", "epochs", "batch_size"):
-        if getattr(args, name) < 1 or (name == "image_size" and args.image_size < 4):
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is too small")
+    for name, least in {"image_size": 4, "epochs": 1, "batch_size": 1, "lr": 0, "momentum": 0}.items():
+        if not getattr(args, name) >= least:  # not a number, too
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+    if not -(2**63) <= args.seed < 2**64:
+        parser.error(f"--seed is {args.seed}, expected a number of 64 bits")
+    if not is_here(args.device):
+        parser.error(f"--device is {args.device!r}, which torch does not have here")
     return args
 
 
+def is_here(name: str) -> bool:
+    """Whether there is such a device; none is initialised by the question."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return False
+    if device.type == "cpu":
+        return True
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    there = accelerator is not None and accelerator.type == device.type
+    return there and (device.index or 0) < torch.accelerator.device_count()
+
+
 def run(args: argparse.Namespace) -> History:
+    if args.checkpoint is not None:
+        check_can_save(args.checkpoint)
     torch.manual_seed(args.seed)
     train_set, test_set = load_data(args.data, args.image_size)
     order = torch.Generator().manual_seed(args.seed)

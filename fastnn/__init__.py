@@ -1,4 +1,4 @@
-"""Hand-written convolution, ReLU, cross-entropy and optimizer kernels for PyTorch.
+"""Hand-written convolution, ReLU, max-pooling, cross-entropy and optimizer kernels for PyTorch.
 
 Change two imports, ``import fastnn.nn as nn`` and ``import fastnn.optim as optim``, and a program trains the same model
 on them.

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map_only
 import fastnn.nn.functional as F
 from fastnn import nn, optim
 from fastnn.dispatch import use_kernels
-from fastnn.nn.modules import HOOKS, LARGEST_FUSED_WINDOW, convolve, fusable_pool, fusable_pool_of, hooked
+from fastnn.nn.modules import HOOKS, convolve, fusable_pool, fusable_pool_of, hooked
 
 _SWAPS: dict[type, type] = {
     native.Conv2d: nn.Conv2d,
@@ -78,8 +78,8 @@ def convert(model: native.Module | torch.optim.Optimizer, *, fold_batch_norm: bo
     Every module whose class is exactly ``torch.nn.Conv2d``, ``ReLU``, ``MaxPool2d`` or ``CrossEntropyLoss`` becomes
     fastnn's of that name (a subclass of it). Where torch.fx shows that a Conv2d's result goes nowhere but into a ReLU,
     or into a ReLU and a max-pool in either order, they run as one op, whether they are called as modules or as
-    functions. The max-pool must have no padding, dilation, ceil_mode or return_indices, and a window of at most 15 by
-    15. A result that a hook sees is not fused, hooks registered later included; under torch.compile nothing is.
+    functions. The max-pool must have no padding, dilation, ceil_mode or return_indices, and a window of at most 255
+    elements. A result that a hook sees is not fused, hooks registered later included; under torch.compile nothing is.
 
     ``forward`` is run once, on a copy that shares the Parameters and buffers, with symbolic arguments. Where it cannot
     be traced as a whole (control flow that depends on data), those of its submodules are. A model may be wrapped
@@ -265,9 +265,7 @@ _FUNCTIONS = {
     "max_pool2d": _MAX_POOLS,
     "cross_entropy": (native_functional.cross_entropy,),
 }
-_OTHER_MAX_POOL = _Step(
-    f"a max-pool with padding, dilation, ceil_mode, indices or a window over {LARGEST_FUSED_WINDOW}"
-)
+_OTHER_MAX_POOL = _Step(f"a max-pool with padding, dilation, ceil_mode, indices or over {F.MAX_POOL2D_WINDOW} elements")
 
 
 def _max_pool(pool: tuple[tuple[int, int], ...] | None) -> _Step:
@@ -352,6 +350,7 @@ class FusedConv2d(nn.Conv2d):
             or _has_any_global_hook()
             or hooked(passes_through)
             or "parametrizations" in self._modules  # its weight, computed at each use, may be needed twice
+            or "_conv_forward" in vars(self)  # one of its own
             or not use_kernels("conv2d_relu", input)
         ):
             return super().forward(input)
@@ -666,6 +665,8 @@ class _Search:
                 stopped = f"what goes into {step} is used elsewhere too"
             elif is_parametrized(conv):
                 stopped = f"it is parametrized, and {step} is not fused with a weight that is computed at each use"
+            elif "_conv_forward" in vars(conv):
+                stopped = f"its _conv_forward was replaced, and {step} is not fused with another function"
             elif seen_by:
                 stopped = f"a hook on {seen_by[0]} may see what goes into {step}"
             else:

@@ -30,7 +30,8 @@ BACKENDS = ("cpu", "cuda", "triton", "torch")
 
 # ---- the registry: what there is, and where it runs ----
 
-# Every op, the name of its files in csrc/cpu, csrc/cuda and fastnn/triton, with its operators in csrc/ops.cpp.
+# Every op, the name of its files in csrc/cpu and, where KERNELS below has it, in csrc/cuda and fastnn/triton, with its
+# operators in csrc/ops.cpp.
 OPERATORS = {
     "conv2d": ("conv2d", "conv2d_relu_max_pool2d", "conv2d_backward"),
     "relu": ("relu", "relu_", "relu_backward"),
@@ -204,8 +205,8 @@ _ON_CPU = (torch.device("cpu"), torch.float32)
 def _kind(op: str, tensors: tuple[Tensor | None, ...]) -> tuple[torch.device, torch.dtype] | None:
     """The device and dtype of a call's tensors; None, logged, if no kernel takes them, whatever these are."""
     first: Tensor | None = None
-    for tensor in tensors:
-        if tensor is None:
+    for number, tensor in enumerate(tensors):
+        if tensor is None and number > 0:
             continue
         if not isinstance(tensor, Tensor):
             log_once(op, "an argument is no tensor")
@@ -227,7 +228,8 @@ def _kind(op: str, tensors: tuple[Tensor | None, ...]) -> tuple[torch.device, to
 
 
 def use_kernels(op: str, *tensors: Tensor | None) -> bool:
-    """Whether fastnn's kernels serve a call of ``op`` on these floating-point arguments (None: not given).
+    """Whether fastnn's kernels serve a call of ``op`` on these floating-point arguments, of which the first is
+    required (None: not given).
 
     False sends the call to native torch: another dtype (or mixed ones), device, layout or tensor subclass, a
     torch.func transform, forward-mode AD, torch.jit.trace, ``backend('torch')``, or what has to see operators where

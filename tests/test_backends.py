@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as native
 
 import fastnn
 import fastnn.nn as nn
@@ -267,7 +268,7 @@ UNCOVERED = {
     "conv2d: native torch, because dtype torch.complex64 has no kernel": lambda: F.conv2d(
         IMAGES.to(torch.complex64), WEIGHT.to(torch.complex64)
     ),
-    "conv2d_relu_max_pool2d: native torch, because a 17 x 17 window has over 254 elements": lambda: (
+    "conv2d_relu_max_pool2d: native torch, because a 17 x 17 window has over 255 elements": lambda: (
         F.conv2d_relu_max_pool2d(IMAGES, WEIGHT, pool_kernel_size=17)
     ),
     "cross_entropy: native torch, because dtypes torch.float32 and torch.float64 are mixed": lambda: F.cross_entropy(
@@ -313,6 +314,45 @@ def test_what_is_not_covered_gives_the_native_result_and_one_line(caplog, backen
         else:
             torch.testing.assert_close(result, expected, rtol=0, atol=0)
     assert [record.getMessage() for record in caplog.records] == [line]
+
+
+def test_out_of_memory_says_of_what():
+    with pytest.raises(RuntimeError, match=r"allocate memory for a CPU tensor of shape \[1, 3, 8388626, 8388626\]"):
+        F.conv2d(IMAGES, WEIGHT, padding=2**22)
+
+
+def test_in_place_relu_of_a_slice_is_one_version():
+    x = torch.ones(6, 8)[:, ::2]
+    with fastnn.backend("cpu"):
+        F.relu_(x)
+    assert x._version == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f, x: f.relu(x),
+        lambda f, x: f.relu_(x),
+        lambda f, x: f.max_pool2d(x, 2),
+        lambda f, x: f.conv2d(x, torch.ones(1, 1, 3, 3)),
+        lambda f, x: f.cross_entropy(x[0, 0], torch.arange(8) // 2),
+        lambda f, x: f.cross_entropy(x[0, 0], x[0, 0], label_smoothing=0.1),
+        lambda f, x: torch.autograd.grad(f.relu(leaf := x.clone().requires_grad_()), leaf, x)[0],
+        lambda f, x: torch.autograd.grad(f.max_pool2d(leaf := x.clone().requires_grad_(), 1), leaf, x)[0],
+    ],
+    ids=["relu", "relu_", "max_pool2d", "conv2d", "indices", "probabilities", "relu_backward", "max_pool2d_backward"],
+)
+@pytest.mark.parametrize("layout", ["imag", "dense"])
+def test_lazily_negated_tensors(call, layout):
+    """What stands for the negative of its memory gives what its copy gives, however it lies."""
+    x = torch.complex(*torch.linspace(-1, 1, 256).view(2, 2, 1, 8, 8)).conj().imag
+    if layout == "dense":
+        x = x.as_strided(x.shape, (64, 64, 8, 1))
+    assert x.is_neg()
+    assert x.is_contiguous() == (layout == "dense")
+    expected = call(native, x.clone())
+    with fastnn.backend("cpu"):
+        torch.testing.assert_close(call(F, x), expected)
 
 
 @pytest.mark.parametrize(

@@ -1085,6 +1085,10 @@ MORE_ERRORS = [
     ((ZEROS(1, 3, 0, 5), ZEROS(4, 3, 1, 1)), {}),
     ((ZEROS(1, 3, 5, 5), ZEROS(0, 3, 3, 3)), {}),
     ((ZEROS(1, 3, 5, 5), None), {}),
+    ((None, ZEROS(4, 3, 3, 3)), {}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"groups": True}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"padding": 2**64}),
+    ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"dilation": (1, -(2**64))}),
     (([1.0], ZEROS(4, 3, 3, 3)), {}),
     ((ZEROS(1, 3, 5, 5),), {}),
     ((ZEROS(1, 3, 5, 5), ZEROS(4, 3, 3, 3)), {"no_such_argument": 1}),
@@ -1127,13 +1131,15 @@ def test_pool_errors_are_natives(backend, pool):
     assert raised(F.conv2d_relu_max_pool2d, *args, **pool) == raised(native_conv2d_relu_max_pool2d, *args, **pool)
 
 
-@pytest.mark.expects_native
-def test_a_large_pool_window(backend):
-    """More elements than a code of one byte can name."""
+@pytest.mark.parametrize("window", [(15, 17), pytest.param((16, 16), marks=pytest.mark.expects_native)])
+def test_a_large_pool_window(backend, window):
+    """As many elements as a code of one byte can name, and more."""
     x, w, b = Case((1, 2, 40, 40), (3, 2, 3, 3)).tensors(partial(normals, torch.float64))
     grad_output = normals(torch.float64, (1, 3, 2, 2))
-    ours = values_and_gradients(partial(F.conv2d_relu_max_pool2d, pool_kernel_size=17), (x, w, b), grad_output)
-    exact = values_and_gradients(partial(native_conv2d_relu_max_pool2d, pool_kernel_size=17), (x, w, b), grad_output)
+    ours, exact = (
+        values_and_gradients(partial(function, pool_kernel_size=window), (x, w, b), grad_output)
+        for function in (F.conv2d_relu_max_pool2d, native_conv2d_relu_max_pool2d)
+    )
     for o, e in zip(ours, exact, strict=True):
         torch.testing.assert_close(o, e)
 

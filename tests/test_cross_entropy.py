@@ -6,9 +6,10 @@ import copy
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import mostly_big
 from torch.nn import functional as native
@@ -22,12 +23,6 @@ pytestmark = pytest.mark.kernels
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
-HYPOTHESIS = settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 def class_dim(x):
@@ -160,7 +155,7 @@ def cast(value, dtype):
 
 
 @given(problem=problems())
-@HYPOTHESIS
+@settings(max_examples=40)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_against_float64(backend, dtype, problem):
     x, target, kwargs, layout, target_layout = problem
@@ -240,6 +235,34 @@ def test_third_derivative(backend):
         return result
 
     torch.testing.assert_close(third(F.cross_entropy), third(native.cross_entropy))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("target", "dtype", "options"),
+    [
+        ([0, 3, 1], torch.uint8, {"ignore_index": 3 - 256}),
+        ([0, 3, 1], torch.uint8, {"ignore_index": 3}),
+        ([0, -100, 1], torch.int64, {"label_smoothing": 0.1}),
+        ([-100, -100, -100], torch.int64, {}),
+        ([0, 3, 1], torch.int64, {"label_smoothing": -0.5}),
+    ],
+    ids=str,
+)
+def test_gradient_of_the_gradient(backend, target, dtype, options, reduction):
+    x, target = torch.randn(3, 4, dtype=torch.float64), torch.tensor(target, dtype=dtype)
+    weights = torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4)
+
+    def derivatives(function):
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf, target, reduction=reduction, **options)
+        grad_output = torch.full_like(loss, 0.7, requires_grad=True)
+        (grad,) = torch.autograd.grad(loss, leaf, grad_output, create_graph=True)
+        return loss, grad, *torch.autograd.grad(grad, (leaf, grad_output), weights)
+
+    expected = derivatives(native.cross_entropy)
+    x[target.long() == options.get("ignore_index", -100)] = float("inf")  # does not count; native makes NaN of it
+    torch.testing.assert_close(derivatives(F.cross_entropy), expected, equal_nan=True)
 
 
 def test_same_tensor_as_logits_and_probabilities(backend):
@@ -460,6 +483,8 @@ def logits_and_target():
 ODD_CALLS = {
     "list input": lambda f, X, T: f([1.0], T),
     "list target": lambda f, X, T: f(X, [0, 1, 2]),
+    "no input": lambda f, X, T: f(None, T),
+    "no target": lambda f, X, T: f(X, None),
     "integer input": lambda f, X, T: f(X.long(), T),
     "complex input": lambda f, X, T: f(X.to(torch.complex64), T),
     "int32 target": lambda f, X, T: f(X, T.int()),
@@ -483,6 +508,10 @@ ODD_CALLS = {
     "NaN smoothing": lambda f, X, T: f(X, T, label_smoothing=float("nan")),
     "string smoothing": lambda f, X, T: f(X, T, label_smoothing="a"),
     "tensor smoothing": lambda f, X, T: f(X, T, label_smoothing=torch.tensor(0.1)),
+    "tensor smoothing of two elements": lambda f, X, T: f(X, T, label_smoothing=torch.ones(2)),
+    "array smoothing": lambda f, X, T: f(X, T, label_smoothing=np.ones(2)),
+    "bool ignore_index": lambda f, X, T: f(X, T, ignore_index=True),
+    "ignore_index over 64 bits": lambda f, X, T: f(X, T, ignore_index=2**64),
     "string ignore_index": lambda f, X, T: f(X, T, ignore_index="a"),
     "float ignore_index": lambda f, X, T: f(X, T, ignore_index=1.5),
     "no ignore_index": lambda f, X, T: f(X, T, ignore_index=None),

@@ -118,10 +118,24 @@ def test_corrupt_images_are_named_before_training(program, folder, damage, name)
     assert error_of(program, tiny(folder)).startswith(f"error: {file}: not a readable image (")
 
 
-@pytest.mark.parametrize("arguments", [["--image-size=3"], ["--epochs=0"], ["--batch-size=0"], ["--optimizer=other"]])
-def test_wrong_options(program, arguments, capsys):
-    assert error_of(program, arguments) == "2"
-    assert arguments[0].split("=")[0] in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--image-size=3",
+        "--epochs=0",
+        "--batch-size=0",
+        "--optimizer=other",
+        "--lr=-1",
+        "--lr=nan",
+        "--momentum=-0.1",
+        f"--seed={2**64}",
+        "--device=nowhere",
+        "--device=cuda:99",
+    ],
+)
+def test_wrong_options(program, argument, capsys):
+    assert error_of(program, [argument]) == "2"
+    assert argument.split("=")[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -161,6 +175,8 @@ def test_checkpoint_errors(program, folder, tmp_path):
     path.write_text("something else")
     assert error_of(program, tiny(folder, f"--checkpoint={path}")).startswith(f"error: {path}: not a checkpoint")
     path.unlink()
+    nowhere = tmp_path / "nowhere" / "checkpoint.pt"
+    assert error_of(program, tiny(folder, f"--checkpoint={nowhere}")) == f"error: {nowhere.parent}: no such folder"
     program.main(tiny(folder, "--epochs=1", f"--checkpoint={path}"))
     expected = f"error: {path}: saved with lr 0.001, but this run has 0.5"
     assert error_of(program, tiny(folder, f"--checkpoint={path}", "--lr=0.5")) == expected

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -191,6 +192,9 @@ HOOKS = {
     "forward hook": lambda m: m.register_forward_hook(lambda module, args, output: output * 2),
     "forward pre-hook": lambda m: m.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
     "backward hook": lambda m: m.register_full_backward_hook(lambda module, grads, _: tuple(g * 2 for g in grads)),
+    "a _conv_forward of its own": lambda m: setattr(
+        m, "_conv_forward", lambda *args: type(m)._conv_forward(m, *args) * 2
+    ),
     "a forward of its own": lambda m: setattr(m, "forward", lambda x: type(m).forward(m, x) * 2),
     "parametrization": lambda m: native.utils.parametrize.register_parametrization(m, "weight", native.Tanh()),
     "weight norm": lambda m: native.utils.weight_norm(m),
@@ -201,8 +205,8 @@ HOOKS = {
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_sequential_lets_hooks_see_what_is_between(place, hook):
-    if place and hook in ("parametrization", "weight norm"):
-        pytest.skip("of a weight")
+    if place and hook in ("parametrization", "weight norm", "a _conv_forward of its own"):
+        pytest.skip("of a convolution")
     ours, theirs = small(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2))
     for model in (ours, theirs):
         HOOKS[hook](model[place])
@@ -285,6 +289,25 @@ def test_wrong_arguments_raise_as_torch_does(cls, kwargs):
     with pytest.raises(ValueError, match=r".") as ours:
         cls(3, 4, 3, **kwargs)
     assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("input", [None, [1.0]], ids=str)
+@pytest.mark.parametrize("forced", [None, "cpu"])
+def test_what_is_no_tensor_raises_as_in_torch(forced, input):
+    target = torch.tensor([0, 1])
+    for name, args, *more in (
+        ("Conv2d", (2, 3, 3)),
+        ("ReLU", ()),
+        ("MaxPool2d", (2,)),
+        ("CrossEntropyLoss", (), target),
+        ("CrossEntropyLoss", (torch.ones(2), None, -100, None, "mean", 0.1), target),
+    ):
+        errors = []
+        for module in (nn, native):
+            with fastnn.backend(forced) if forced else nullcontext(), pytest.raises(TypeError) as error:
+                getattr(module, name)(*args)(input, *more)
+            errors.append(str(error.value).splitlines()[0])
+        assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 8), (2, 3, 2, 2)])

@@ -16,11 +16,12 @@ namespace fastnn {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string shape_string(const Tensor& tensor) {
+inline std::string shape_string(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::string text = "[";
-  for (int64_t size : tensor.sizes()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + "]";
 }
+inline std::string shape_string(const Tensor& tensor) { return shape_string(tensor.sizes()); }
 
 inline DType dtype_of(const Tensor& tensor, const char* op, const char* name) {
   switch (tensor.scalar_type()) {

@@ -54,11 +54,11 @@ PoolShape pool_shape(const char* op, const ConvShape& s, const Ints& kernel, con
                   ": expected 2 values of pool_kernel_size and pool_stride");
   PoolShape pool;
   pool.kernel_h = kernel[0], pool.kernel_w = kernel[1], pool.stride_h = stride[0], pool.stride_w = stride[1];
-  STD_TORCH_CHECK(pool.kernel_h > 0 && pool.kernel_w > 0 && pool.stride_h > 0 && pool.stride_w > 0 &&
-                      pool.kernel_h <= s.out_h && pool.kernel_w <= s.out_w && pool.kernel_h * pool.kernel_w < kPoolNone,
-                  op, ": pool_kernel_size is ", pool.kernel_h, " x ", pool.kernel_w, ", pool_stride ", pool.stride_h,
-                  " x ", pool.stride_w, ", expected a window of 1 to ", int(kPoolNone) - 1, " elements inside ",
-                  s.out_h, " x ", s.out_w);
+  STD_TORCH_CHECK(
+      pool.kernel_h > 0 && pool.kernel_w > 0 && pool.stride_h > 0 && pool.stride_w > 0 && pool.kernel_h <= s.out_h &&
+          pool.kernel_w <= s.out_w && pool.kernel_h * pool.kernel_w <= kPoolNone,
+      op, ": pool_kernel_size is ", pool.kernel_h, " x ", pool.kernel_w, ", pool_stride ", pool.stride_h, " x ",
+      pool.stride_w, ", expected a window of 1 to ", int(kPoolNone), " elements inside ", s.out_h, " x ", s.out_w);
   pool.out_h = (s.out_h - pool.kernel_h) / pool.stride_h + 1;
   pool.out_w = (s.out_w - pool.kernel_w) / pool.stride_w + 1;
   return pool;

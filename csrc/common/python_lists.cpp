@@ -37,11 +37,8 @@ Views views_of(const py::list& tensors, const char* op, const char* name) {
     const std::optional<DType> dtype = dtype_of(tensor);
     if (!dtype) refuse("a dtype other than float64, float32, bfloat16 and float16");
     char* data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-    const View& view = views.emplace_back(data, tensor.shape, tensor.strides, tensor.ndim, *dtype, tensor.device_type,
-                                          tensor.device_id);
-    if (may_be_negated(view.contiguous, view.count, view.data, kElementSize[view.dtype]) &&
-        object.attr("is_neg")().cast<bool>())
-      refuse("a lazily negated tensor");
+    views.emplace_back(data, tensor.shape, tensor.strides, tensor.ndim, *dtype, tensor.device_type, tensor.device_id);
+    if (torch.negated(object)) refuse("a lazily negated tensor");
   }
   return views;
 }

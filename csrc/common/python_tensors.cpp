@@ -13,14 +13,11 @@ torch::stable::Tensor tensor_of(py::handle object) {
   const TorchObjects& torch = torch_objects();
   DLTensor view;
   if (!torch.dlpack || !torch.handle_of_tensor || !torch.tensors_of_handles || !torch.view(object, &view) ||
-      view.device_type != kDLCPU)
+      view.device_type != kCpuDevice)
     throw NotCovered("not a plain CPU tensor");
+  if (torch.negated(object)) throw NotCovered("a lazily negated tensor");
   const py::object capsule = torch.handle_of_tensor(object);
-  torch::stable::Tensor tensor(static_cast<AtenTensorHandle>(PyCapsule_GetPointer(capsule.ptr(), nullptr)));
-  if (may_be_negated(tensor.is_contiguous(), tensor.numel(), tensor.data_ptr(), tensor.element_size()) &&
-      object.attr("is_neg")().cast<bool>())
-    throw NotCovered("a lazily negated tensor");
-  return tensor;
+  return torch::stable::Tensor(static_cast<AtenTensorHandle>(PyCapsule_GetPointer(capsule.ptr(), nullptr)));
 }
 
 py::handle object_of(const torch::stable::Tensor& tensor) {

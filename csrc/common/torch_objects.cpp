@@ -1,5 +1,7 @@
 #include "common/torch_objects.h"
 
+#include "common/tensor_lists.h"
+
 namespace py = pybind11;
 
 namespace fastnn {
@@ -16,8 +18,8 @@ PyObject* are_plain(PyObject*, PyObject* objects) {
   bool any = false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); ++i) {
     PyObject* object = PyTuple_GET_ITEM(objects, i);
-    if (object == Py_None) continue;
-    if (!torch.dlpack || !torch.view(object, &tensor) || tensor.device_type != kDLCPU) Py_RETURN_FALSE;
+    if (object == Py_None && i > 0) continue;
+    if (!torch.dlpack || !torch.view(object, &tensor) || tensor.device_type != kCpuDevice) Py_RETURN_FALSE;
     if (!any) first = tensor;
     any = true;
     if (tensor.type_code != first.type_code || tensor.type_bits != first.type_bits) Py_RETURN_FALSE;
@@ -38,7 +40,8 @@ PyObject* are_ints(PyObject*, PyObject* objects) { return PyBool_FromLong(all_in
 
 PyMethodDef questions[] = {
     {"are_plain", are_plain, METH_VARARGS,
-     "Whether all but None are plain CPU tensors in strided memory, of one dtype that the kernels have."},
+     "Whether all, but for those None behind the first, are plain CPU tensors in strided memory, of one dtype that the "
+     "kernels have."},
     {"are_ints", are_ints, METH_VARARGS,
      "Whether all are ints, strings, or tuples of these: no float or bool, which are equal to ints."},
     {nullptr, nullptr, 0, nullptr},
@@ -52,6 +55,7 @@ TorchObjects::TorchObjects() {
   tensor = reinterpret_cast<PyTypeObject*>(tensor_type.ptr());
   parameter = reinterpret_cast<PyTypeObject*>(torch.attr("nn").attr("Parameter").ptr());
   increment_version = library.attr("_increment_version");
+  is_neg = tensor_type.attr("is_neg");
   const py::object handles = py::getattr(library, "_aoti", py::none());
   handle_of_tensor = py::getattr(handles, "unsafe_alloc_void_ptr_from_tensor", py::object());
   tensors_of_handles = py::getattr(handles, "alloc_tensors_by_stealing_from_void_ptrs", py::object());
@@ -66,6 +70,13 @@ bool TorchObjects::view(py::handle object, DLTensor* out) const {
   if (dlpack->dltensor_from_object(object.ptr(), out) == 0) return true;
   PyErr_Clear();
   return false;
+}
+
+bool TorchObjects::negated(py::handle tensor) const {
+  PyObject* const answer = PyObject_CallOneArg(is_neg.ptr(), tensor.ptr());
+  if (!answer) throw py::error_already_set();
+  Py_DECREF(answer);
+  return answer == Py_True;
 }
 
 const TorchObjects& torch_objects() {

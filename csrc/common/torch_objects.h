@@ -24,12 +24,11 @@ struct DLPackExchangeAPI {
   int (*dltensor_from_object)(void* object, DLTensor* out);  // borrows; on failure sets a Python error
   void* current_stream;
 };
-constexpr int32_t kDLCPU = 1;
 constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
 
 struct TorchObjects {
   PyTypeObject *tensor, *parameter;
-  pybind11::object increment_version;
+  pybind11::object increment_version, is_neg;
   // Null where this torch has none. What makes one tensor of a handle leaks it in 2.13; what makes several does not.
   pybind11::object handle_of_tensor, tensors_of_handles;
   const DLPackExchangeAPI* dlpack = nullptr;
@@ -37,17 +36,14 @@ struct TorchObjects {
   TorchObjects();
   // Whether it is a plain torch tensor in strided memory, and if so which.
   bool view(pybind11::handle object, DLTensor* out) const;
+  // Whether the tensor stands for the negative of its memory (an imaginary part of a lazily conjugate one), which no
+  // view of it shows.
+  bool negated(pybind11::handle tensor) const;
 };
 
 const TorchObjects& torch_objects();
 
 // are_plain and are_ints: what the Python layer asks in every call, where pybind11 or Python would take longer.
 void bind_questions(pybind11::module_& m);
-
-// A real tensor with torch's lazy negation is the imaginary part of a conjugate one: it skips every other element, or
-// is one element at an odd place. Asking every tensor would cost more than its view.
-inline bool may_be_negated(bool contiguous, int64_t count, const void* data, int64_t element_size) {
-  return !contiguous || (count == 1 && reinterpret_cast<uintptr_t>(data) / element_size % 2);
-}
 
 }  // namespace fastnn

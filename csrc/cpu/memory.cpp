@@ -1,7 +1,8 @@
 #include "cpu/memory.h"
 
 #include <algorithm>
-#include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "common/strides.h"
@@ -34,7 +35,7 @@ Tensor with_huge_pages(Tensor tensor) {
 
 void* allocate_scratch(size_t bytes) {
   void* const data = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
-  if (!data) throw std::bad_alloc();
+  if (!data) throw std::runtime_error("can't allocate memory: " + std::to_string(bytes) + " bytes of scratch");
   advise_huge_pages(data, bytes);
   return data;
 }
@@ -43,8 +44,10 @@ Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes, torch::head
                      ScalarType dtype) {
   const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                                                         dtype_code, aoti_torch_device_type_cpu(), 0, &handle));
+  if (aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype_code,
+                               aoti_torch_device_type_cpu(), 0, &handle) != TORCH_SUCCESS)
+    throw std::runtime_error("can't allocate memory for a CPU tensor of shape " + shape_string(sizes) + " and dtype " +
+                             torch::headeronly::toString(dtype));
   return Tensor(handle);
 }
 

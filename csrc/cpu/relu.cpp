@@ -38,7 +38,10 @@ Tensor relu(Tensor self) {
 void relu_(Tensor self) {
   dtype_of(self, "relu_", "self");
   if (is_dense(self)) return forward_into(self, self);
-  torch::stable::copy_(self, relu(self));
+  // Into its memory alone: copy_ into the tensor itself would count a version, which is the caller's to do.
+  Tensor memory =
+      torch::stable::from_blob(self.data_ptr(), self.sizes(), self.strides(), self.device(), self.scalar_type());
+  torch::stable::copy_(memory, relu(self));
 }
 
 Tensor relu_backward(Tensor grad_output, Tensor result) {

@@ -24,7 +24,7 @@ IntPair = int | tuple[int, ...] | list[int]
 # A strided convolution splits its input into stride_h * stride_w phases; csrc/cpu/kernels/conv2d.h holds as many.
 MAX_CONV2D_PHASES = 64
 
-MAX_POOL2D_WINDOW = 255  # elements: a byte says which one was chosen, and has one value more to say none
+MAX_POOL2D_WINDOW = _ops.max_pool2d.NO_ELEMENT  # elements: their numbers, and that one for none, fit into a byte
 
 # Up to here a ReLU takes some microseconds, as long as a call through autograd.Function, and a cross-entropy's forward
 # and backward pass together take no longer in native torch than in the kernels (docs/benchmarks.md).
@@ -69,7 +69,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         return native.relu(input, inplace)
     if _few("relu", input, MAX_FEW_ELEMENTS) or not use_kernels("relu", input):
         return native.relu(input, inplace)
-    if inplace and not _writable(input):
+    if inplace and (input.is_neg() or not _writable(input)):  # a copy stands in for what is negated lazily
         log_once("relu", UNTAKEN)
         return native.relu(input, inplace)
     return _ops.relu.relu_(input) if inplace else _ops.relu.relu(input)
@@ -108,10 +108,11 @@ def _is_sequence(value: object) -> TypeGuard[tuple[Any, ...] | list[Any]]:
 
 
 def _pair(value: object) -> list[int] | None:
-    """Two ints of an int, or of a sequence of one or two; None for anything else, which native torch will refuse."""
+    """Two ints of an int, or of a sequence of one or two; None for anything else, which native torch will refuse, and
+    for ints over 31 bits, which it mostly will."""
     values: Any = value if _is_sequence(value) else [value]
     values = [int(v) if isinstance(v, np.integer) else v for v in values]
-    if 1 <= len(values) <= 2 and all(type(v) is int for v in values):
+    if 1 <= len(values) <= 2 and all(type(v) is int and abs(v) < 2**31 for v in values):
         return [*values, *values][:2]
     return None
 
@@ -138,7 +139,7 @@ def _geometry(
     strides, dilations = _pair(stride), _pair(dilation)
     if strides is None or dilations is None or min(strides) < 1 or min(dilations) < 1:
         return None
-    if not isinstance(groups, int) or groups < 1:
+    if type(groups) is not int or groups < 1:
         return None
     out_channels, in_channels, *kernel = weight
     if isinstance(padding, str):
@@ -267,20 +268,20 @@ def conv2d_relu_max_pool2d(
     """
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)
-    geometry = _conv_geometry("conv2d_relu_max_pool2d", input, weight, bias, (stride, padding, dilation, groups))
+    op = "conv2d_relu_max_pool2d"
+    geometry = _conv_geometry(op, input, weight, bias, (stride, padding, dilation, groups))
     window = _pair(pool_kernel_size)
     step = pool_step(window, pool_stride)
     if geometry is not None:
-        if window is None or step is None:
-            log_once("conv2d_relu_max_pool2d", UNTAKEN)
-        elif window[0] * window[1] > 254:
-            log_once("conv2d_relu_max_pool2d", f"a {window[0]} x {window[1]} window has over 254 elements")
-        elif min(window + step) > 0:
-            size = _ops.conv2d.output_size(input.shape, weight.shape, *geometry[:3])
-            if window[0] <= size[0] and window[1] <= size[1]:  # else torch raises
-                batch = input if input.dim() == 4 else input.unsqueeze(0)
-                output, _ = _ops.conv2d.conv2d_relu_max_pool2d(batch, weight, bias, *geometry, window, step)
-                return output if input.dim() == 4 else output.squeeze(0)
+        size = _ops.conv2d.output_size(input.shape, weight.shape, *geometry[:3])
+        if window is None or step is None or min(window + step) < 1 or window[0] > size[0] or window[1] > size[1]:
+            log_once(op, UNTAKEN)
+        elif window[0] * window[1] > MAX_POOL2D_WINDOW:
+            log_once(op, f"a {window[0]} x {window[1]} window has over {MAX_POOL2D_WINDOW} elements")
+        else:
+            batch = input if input.dim() == 4 else input.unsqueeze(0)
+            output, _ = _ops.conv2d.conv2d_relu_max_pool2d(batch, weight, bias, *geometry, window, step)
+            return output if input.dim() == 4 else output.squeeze(0)
     result = native.relu(native.conv2d(input, weight, bias, stride, padding, dilation, groups))
     return native.max_pool2d(result, pool_kernel_size, pool_stride)
 
@@ -300,12 +301,13 @@ def _pool_geometry(
         or step is None
         or pads is None
         or dilations is None
+        or type(ceil_mode) is not bool
         or min(window + step + dilations) < 1
         or min(pads) < 0
         or input.dim() not in (3, 4)
         or 0 in input.shape[-3:]
         or any(pads[d] > window[d] // 2 for d in range(2))
-        or min(_ops.max_pool2d.output_size([*input.shape[-2:]], window, step, pads, dilations, bool(ceil_mode))) < 1
+        or min(_ops.max_pool2d.output_size([*input.shape[-2:]], window, step, pads, dilations, ceil_mode)) < 1
     ):
         log_once("max_pool2d", UNTAKEN)
         return None
@@ -350,7 +352,7 @@ def max_pool2d(
         geometry = _pool_geometry(input, kernel_size, stride, padding, dilation, ceil_mode)
         if geometry is not None:
             batch = input if input.dim() == 4 else input.unsqueeze(0)
-            output, _ = _ops.max_pool2d.max_pool2d(batch, *geometry, bool(ceil_mode))
+            output, _ = _ops.max_pool2d.max_pool2d(batch, *geometry, ceil_mode)
             return output if input.dim() == 4 else output.squeeze(0)
     pool: Any = native.max_pool2d
     return pool(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
@@ -361,6 +363,7 @@ def _few_logits(input: Tensor, target: Tensor, label_smoothing: float) -> bool:
     operators, and 16-bit logits it rounds on the way."""
     return (
         not torch.compiler.is_compiling()
+        and isinstance(label_smoothing, (int, float))
         and not label_smoothing
         and isinstance(target, Tensor)
         and not target.is_floating_point()
@@ -374,15 +377,16 @@ def _cross_entropy_covers(
 ) -> bool:
     """Whether the kernels take these arguments; whatever native torch refuses, they do not."""
     if not isinstance(target, Tensor):
-        return use_kernels("cross_entropy", input, target)
+        log_once("cross_entropy", UNTAKEN)
+        return False
     probabilities = target.is_floating_point()
     if not use_kernels("cross_entropy", input, weight, target if probabilities else None):
         return False
     shape, target_shape = input.shape, target.shape
     dim = len(shape)
     classes = shape[1] if dim > 1 else shape[0] if dim == 1 else 0
-    fits = classes > 0 and isinstance(ignore_index, int) and isinstance(label_smoothing, (int, float))
-    fits = fits and label_smoothing <= 1
+    fits = classes > 0 and type(ignore_index) is int and -(2**63) <= ignore_index < 2**63
+    fits = fits and isinstance(label_smoothing, (int, float)) and label_smoothing <= 1
     if weight is not None:
         fits = fits and weight.shape == (classes,) and not (weight.requires_grad and torch.is_grad_enabled())
     if probabilities:

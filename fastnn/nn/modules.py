@@ -15,7 +15,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastnn.dispatch import use_kernels
 from fastnn.nn import functional as F
 
-LARGEST_FUSED_WINDOW = 15
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -39,7 +38,9 @@ def fusable_pool(
     """Window and stride of a max-pool with these arguments; None if a convolution cannot take it over."""
     window = F._pair(kernel_size)
     step = F.pool_step(window, stride)
-    if window is None or step is None or max(window) > LARGEST_FUSED_WINDOW or ceil_mode or return_indices:
+    if window is None or step is None or window[0] * window[1] > F.MAX_POOL2D_WINDOW:
+        return None
+    if ceil_mode is not False or return_indices is not False:
         return None
     plain = F._pair(padding) == [0, 0] and F._pair(dilation) == [1, 1]
     return ((window[0], window[1]), (step[0], step[1])) if plain else None
@@ -189,7 +190,7 @@ def _run(modules: list[nn.Module], input: Tensor) -> Tensor:
             and kinds[:1] == [ReLU]
             and type(input) is Tensor
             and not (_has_any_global_hook() or hooked(layers))
-            and not any("forward" in vars(module) for module in layers)
+            and not any({"forward", "_conv_forward"} & vars(module).keys() for module in layers)
             and use_kernels("conv2d_relu", input)
         ):
             operator = F.conv2d_relu_max_pool2d if pool else F.conv2d_relu

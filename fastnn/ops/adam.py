@@ -2,21 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
+from fastnn.ops.step import register_step
 
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
-
-from fastnn import dispatch as dispatch  # registers the operators
-from fastnn.ops.autograd import not_differentiable
-
-
-def _fake(params: list[Tensor], *args: Any) -> None:
-    # This rule is also the kernel of plain meta tensors, and a step of those is torch's to make.
-    if params and not is_fake(params[0]):
-        raise NotImplementedError("fastnn::adam_: meta tensors have no kernel")
-
-
-torch.library.register_fake("fastnn::adam_", _fake)
-not_differentiable("adam_")
+register_step("adam_")

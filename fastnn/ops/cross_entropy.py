@@ -46,13 +46,16 @@ def _gradient(
     target's probabilities, ``grad_output * (softmax(input) * sum_c w_c q_c - w_c q_c)``."""
     dim = _class_dim(input)
     x, classes = input.to(stats.dtype), input.shape[dim]
+    ignored = None
     if target.is_floating_point():
         q = target.to(x.dtype)
     else:
-        q = (target.unsqueeze(dim) == torch.arange(classes, device=x.device).view(-1, *[1] * (x.dim() - 1 - dim))).to(x)
+        index = target.long().unsqueeze(dim)  # of uint8, ignore_index may be no value
+        ignored = index == ignore_index
+        x = x.masked_fill(ignored, 0)  # whose zeros infinities would make NaN
+        q = (index == torch.arange(classes, device=x.device).view(-1, *[1] * (x.dim() - 1 - dim))).to(x)
+    label_smoothing = max(0.0, label_smoothing)
     q = q * (1 - label_smoothing) + label_smoothing / classes
-    if not target.is_floating_point():
-        q = q * (target != ignore_index).unsqueeze(dim)
     if weight is not None:
         q = q * weight.to(x.dtype).view(-1, *[1] * (x.dim() - 1 - dim))
     grad = grad_output.to(x.dtype)
@@ -60,7 +63,8 @@ def _gradient(
         grad = grad.unsqueeze(dim)
     elif reduction == 1:
         grad = grad / stats[-1]
-    return (grad * (x.softmax(dim) * q.sum(dim, keepdim=True) - q)).to(input.dtype)
+    result = grad * (x.softmax(dim) * q.sum(dim, keepdim=True) - q)
+    return (result if ignored is None else result.masked_fill(ignored, 0)).to(input.dtype)
 
 
 class CrossEntropyBackward(Function):

@@ -66,22 +66,23 @@ class FusedStep(torch.optim.Optimizer):
         if not compiling and torch._C._len_torch_dispatch_stack() > 0:  # the kernels are called past the dispatcher
             log_once(self._op, "of an active TorchDispatchMode")
             return False
-        # The CPU's kernels take numbers from the host. Triton's do not, but take a table from it: no graph of a device.
-        library = library_of(self._op, params) if params and not compiling else _C
-        capturable = compiling or library not in (None, _C)
+        if not params:
+            return True
+        library = None if compiling else library_of(self._op, params)
+        on_device = not compiling and library is not _C  # where kernels read numbers: the CPU's take them from the host
+        # Triton's also take a table from the host: no graph of a device.
+        capturable = compiling or (on_device and library is not None)
         for option in ("differentiable", "capturable"):
             if group.get(option) and not (option == "capturable" and capturable):
                 log_once(self._op, f"of {option}=True")
                 return False
-        if not params:
-            return True
         if compiling and not all(map(use_kernels, [self._op] * len(params), params, grads)):
             return False
-        if library is not _C and "capturable" in group:  # SGD's steps may always be captured, and have no such option
+        if on_device and "capturable" in group:  # SGD's steps may always be captured, and have no such option
             # torch's own step asks this first; 2.13 has renamed it.
             getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
         lr, grad_scale, found_inf = group["lr"], getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        device = None if library is _C else params[0].device
+        device = params[0].device if on_device else None
         if compiling and grad_scale is found_inf is None:
             # A number would be a constant of the graph, which each change of it compiles anew.
             device = params[0].device
@@ -176,6 +177,9 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
         if library is not None and not profiler_enabled():  # straight from the lists, past the dispatcher
             getattr(library, f"{op}_")(*lists, *options, *numbers.on_device)
             return True
+        if any(tensor is not None and tensor.is_neg() for tensors in lists for tensor in tensors):
+            log_once(op, "of a lazily negated tensor")  # which the dispatcher cannot write
+            return False
         run_dispatched(f"{op}_", *lists, *options, *numbers.on_device)
     except (library or _C).NotCovered as refusal:
         log_once(op, str(refusal))
@@ -185,6 +189,8 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
 
 
 def increment_versions(lists: Sequence[Sequence[Tensor | None]], numbers: Numbers) -> None:
-    for i, changed in enumerate(lists):
-        if i != 1 or numbers.scaled:
-            torch.autograd.graph.increment_version(cast(Sequence[Tensor], changed))
+    """Tells autograd what a step of these lists has written: not the gradients, which are the second, unless they were
+    divided by grad_scale."""
+    params, grads, *states = lists
+    for written in (params, *([grads] if numbers.scaled else []), *states):
+        torch.autograd.graph.increment_version(cast(Sequence[Tensor], written))

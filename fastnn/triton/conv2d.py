@@ -389,9 +389,9 @@ def _pooled_size(op: str, size: Ints, kernel: Ints, stride: Ints) -> Ints:
         min(*kernel, *stride) > 0
         and kernel[0] <= size[2]
         and kernel[1] <= size[3]
-        and kernel[0] * kernel[1] < POOL_NONE.value,
-        f"{op}: pool_kernel_size is {kernel}, pool_stride {stride}, expected a window of 1 to 254 elements inside "
-        f"{size[2]} x {size[3]}",
+        and kernel[0] * kernel[1] <= POOL_NONE.value,
+        f"{op}: pool_kernel_size is {kernel}, pool_stride {stride}, expected a window of 1 to {POOL_NONE.value} "
+        f"elements inside {size[2]} x {size[3]}",
     )
     return [*size[:2], *((size[2 + d] - kernel[d]) // stride[d] + 1 for d in range(2))]
 

@@ -81,7 +81,7 @@ def check_operands(op: str, operands: dict[str, list[Tensor]], updated: set[str]
         if len(tensors) != len(params):
             _refuse(op, name, f"{len(tensors)} tensors, expected {len(params)}")
         for tensor, param in zip(tensors, params, strict=True):
-            if tensor.layout is not torch.strided or tensor.is_neg():
+            if tensor.layout is not torch.strided:
                 _refuse(op, name, "a tensor that is not strided memory")
             check_dtype(tensor, op, name)
             if (tensor.dtype, tensor.shape) != (param.dtype, param.shape):
