@@ -17,10 +17,12 @@ from fastnn.nn import functional as F
 
 LARGEST_FUSED_WINDOW = 15
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_SEERS = (*HOOKS, "_compiled_call_impl")
 
 
 def hooked(modules: Iterable[nn.Module]) -> bool:
-    return any(getattr(module, hooks) for module in modules for hooks in HOOKS)
+    """Whether a hook, or a compiler that has one of the modules to itself, takes what goes in and out of it."""
+    return any(getattr(module, hooks) for module in modules for hooks in _SEERS)
 
 
 def named(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
