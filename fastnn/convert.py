@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_map_only
 import fastnn.nn.functional as F
 from fastnn import nn, optim
 from fastnn.dispatch import use_kernels
-from fastnn.nn.modules import HOOKS, LARGEST_FUSED_WINDOW, convolve, fusable_pool, fusable_pool_of, hooked
+from fastnn.nn.layers import HOOKS, LARGEST_FUSED_WINDOW, convolve, fusable_pool, fusable_pool_of, hooked
 
 _SWAPS: dict[type, type] = {
     native.Conv2d: nn.Conv2d,

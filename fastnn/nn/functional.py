@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 from torch.nn import functional as native
-from torch.nn.functional import *  # noqa: F403
 from torch.overrides import handle_torch_function, has_torch_function_unary
+
+if TYPE_CHECKING:
+    from torch.nn.functional import max_pool2d as max_pool2d  # whose overloads are ours too
+else:
+    from torch.nn.functional import *  # noqa: F403
 
 from fastnn import ops as _ops
 from fastnn.dispatch import _C, PLAIN_TYPES, forced, log_once, use_kernels
@@ -444,3 +448,7 @@ def cross_entropy(
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     options = (_Reduction.get_enum(reduction), ignore_index, label_smoothing)
     return _ops.cross_entropy.cross_entropy(input, target, weight, *options)
+
+
+if TYPE_CHECKING:  # which keeps the first of what has one name
+    from torch.nn.functional import *  # noqa: F403

@@ -79,6 +79,12 @@ class Conv2d(nn.Conv2d):
         return self._native_conv_forward(input, weight, bias)
 
 
+class LazyConv2d(nn.LazyConv2d):
+    """:class:`torch.nn.LazyConv2d` that becomes fastnn's Conv2d at its first call."""
+
+    cls_to_become = Conv2d
+
+
 class ReLU(nn.ReLU):
     """:class:`torch.nn.ReLU` on fastnn's kernels: any shape and strides, in place if ``inplace``."""
 
