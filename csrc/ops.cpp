@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(fastnn, m) {
       "-> (Tensor output, Tensor code)");
   // input_size: height and width of what was pooled.
   m.def(
-      "max_pool2d_backward(Tensor grad_output, Tensor code, int[] input_size, int[] kernel_size, int[] stride, "
+      "max_pool2d_backward(Tensor grad_output, Tensor code, SymInt[] input_size, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation) -> Tensor grad_input");
 
   // padding is (top, left, bottom, right); relu applies max(0, .) to the result.

@@ -4,7 +4,7 @@ Change two imports, ``import fastnn.nn as nn`` and ``import fastnn.optim as opti
 on them.
 """
 
-from fastnn import backends
+from fastnn import backends, submodules  # noqa: F401
 from fastnn.convert import ConversionReport, convert, revert
 from fastnn.dispatch import backend
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import os
+import random
 import sys
 import traceback
 import weakref
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch import nn as native
@@ -27,13 +30,14 @@ from torch.nn import functional as native_functional
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map_only
 
 import fastnn.nn.functional as F
 from fastnn import nn, optim
 from fastnn.dispatch import use_kernels
-from fastnn.nn.modules import HOOKS, convolve, fusable_pool, fusable_pool_of, hooked
+from fastnn.nn.layers import HOOKS, convolve, fusable_pool, fusable_pool_of, hooked
 
 _SWAPS: dict[type, type] = {
     native.Conv2d: nn.Conv2d,
@@ -41,6 +45,7 @@ _SWAPS: dict[type, type] = {
     native.MaxPool2d: nn.MaxPool2d,
     native.CrossEntropyLoss: nn.CrossEntropyLoss,
 }
+_OPERATORS = tuple(getattr(torch.ops.aten, op).default for op in ("conv2d", "max_pool2d", "cross_entropy_loss"))
 _OPTIMIZERS: dict[type, type] = {
     torch.optim.Adam: optim.Adam,
     torch.optim.AdamW: optim.AdamW,
@@ -81,8 +86,8 @@ def convert(model: native.Module | torch.optim.Optimizer, *, fold_batch_norm: bo
     functions. The max-pool must have no padding, dilation, ceil_mode or return_indices, and a window of at most 255
     elements. A result that a hook sees is not fused, hooks registered later included; under torch.compile nothing is.
 
-    ``forward`` is run once, on a copy that shares the Parameters and buffers, with symbolic arguments. Where it cannot
-    be traced as a whole (control flow that depends on data), those of its submodules are. A model may be wrapped
+    ``forward`` is run once, on a copy that shares the Parameters, with symbolic arguments. Where it cannot be traced as
+    a whole (control flow that depends on data), those of its submodules are. A model may be wrapped
     (DistributedDataParallel, ``fully_shard``, ``torch.compile``) before or after.
 
     A ``torch.optim.Adam``, ``AdamW`` or ``SGD`` becomes fastnn's of that name, with its state, groups, hooks and the
@@ -127,6 +132,10 @@ def convert(model: native.Module | torch.optim.Optimizer, *, fold_batch_norm: bo
             report.left_alone.append((name, why))
         elif isinstance(module, _ConvNd) and not isinstance(module, native.Conv2d):
             report.left_alone.append((name, f"fastnn has no kernel for {cls.__name__}"))
+        elif isinstance(module, torch.jit.ScriptModule) and module.original_name in {cls.__name__ for cls in _SWAPS}:
+            report.left_alone.append((name, "TorchScript runs torch's operators"))
+        elif isinstance(module, fx.GraphModule) and any(node.target in _OPERATORS for node in module.graph.nodes):
+            report.left_alone.append((name, "its graph calls torch's operators: convert what it was made from"))
     search = _Search(names, fold_batch_norm, report)
     search.look_through(model)
     search.fuse()
@@ -378,10 +387,13 @@ class FusedConv2d(nn.Conv2d):
 
     def _fold(self) -> tuple[Tensor, Tensor]:
         """Weight and bias with the BatchNorm2d multiplied in; kept for the next call unless they carry a gradient."""
+        (norm,) = self._fusion.norm
         tensors = self._folding()
+        if norm.num_batches_tracked is not None:  # training changes the running statistics past their own versions
+            tensors.append(norm.num_batches_tracked)
         if any(tensor.is_inference() or (tensor.requires_grad and torch.is_grad_enabled()) for tensor in tensors):
             return self._compute_fold()
-        key = (self._fusion.norm[0].eps, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+        key = (norm.eps, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
         if self._folded is None or self._folded[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # what is kept may meet a gradient in a later call
                 # The aliases keep other tensors from coming to lie at the same addresses.
@@ -405,13 +417,16 @@ class FusedConv2d(nn.Conv2d):
     def _unfused(self, input: Tensor) -> Callable[[], Tensor]:
         device = input.device.type
         autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        version = None if input.is_inference() else input._version
+        weight, bias = self.weight, self.bias
+        versions = [(t, t._version) for t in (input, weight, bias) if t is not None and not t.is_inference()]
 
         def compute() -> Tensor:
-            if version is not None and input._version != version:
-                raise RuntimeError("the input of a fused convolution was modified before the plain result was needed")
+            if any(tensor._version != version for tensor, version in versions):
+                raise RuntimeError(
+                    "the input, weight or bias of a fused convolution was modified before the plain result was needed"
+                )
             with torch.autocast(*autocast):
-                return nn.Conv2d.forward(self, input)
+                return self._conv_forward(input, weight, bias)
 
         return compute
 
@@ -419,11 +434,14 @@ class FusedConv2d(nn.Conv2d):
         return f"{super().extra_repr()}, runs {self._fusion}"
 
 
+_TAKEN_PAST = (
+    "the unfinished result of a convolution that fastnn.convert fused: an autograd.Function or a reentrant checkpoint "
+    "took it past __torch_function__; call fastnn.revert on that convolution"
+)
+
+
 def _refuse_gradient(grad: Tensor) -> None:
-    raise RuntimeError(
-        "a gradient reached the unfinished result of a convolution that fastnn.convert fused: an autograd.Function or "
-        "a reentrant checkpoint took it past __torch_function__; call fastnn.revert on that convolution"
-    )
+    raise RuntimeError(f"a gradient reached {_TAKEN_PAST}")
 
 
 class _Ahead(Tensor):
@@ -454,8 +472,15 @@ class _Ahead(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 self.register_hook(_refuse_gradient)
 
+    def _refuse_lost_history(self) -> None:
+        """Raises where an autograd.Function put itself behind this tensor alone, and not behind what it stands for."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.requires_grad and not self.result.requires_grad:
+                raise RuntimeError(f"a gradient would not reach {_TAKEN_PAST}")
+
     def plain(self) -> Tensor:
         """The tensor itself, computed when it is first asked for, with the grad mode of where it was made."""
+        self._refuse_lost_history()
         with torch.set_grad_enabled(self._grad_mode):
             value = self._plain()
         self.steps = ()  # from now on it is the value that in-place calls have to change
@@ -468,7 +493,8 @@ class _Ahead(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if isinstance(first, _Ahead):
+        # What is compiled alone starts from the plain result: it could not guard on a stand-in that it changes.
+        if isinstance(first, _Ahead) and not torch.compiler.is_compiling():
             if first.steps[:1] == (_step_of_call(func, args[1:], kwargs),):
                 return first._advance(func, args[1:], kwargs)
             if func in cls._COMMON:
@@ -485,6 +511,7 @@ class _Ahead(Tensor):
 
     def _advance(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the next step gives: the finished result after the last one, else a stand-in with one step less."""
+        self._refuse_lost_history()
         steps = self.steps[1:]
         result = self.result if torch.is_grad_enabled() else self.result.detach()
         if func in _RELUS_IN_PLACE or kwargs.get("inplace") or (func in _RELUS and args[:1] == (True,)):
@@ -510,7 +537,25 @@ _NOT_THE_USERS = (os.path.join(os.path.dirname(torch.__file__), ""), __file__)  
 
 
 class _Tracer(fx.Tracer):
-    """Notes where each call was made."""
+    """Notes where each call was made, and whose results outlive forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._results: list[tuple[fx.Node, weakref.ref[fx.Proxy]]] = []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        proxy = super().proxy(node)
+        self._results.append((node, weakref.ref(proxy)))
+        return proxy
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        graph = super().trace(*args, **kwargs)
+        if any(proxy() is not None for _, proxy in self._results):
+            gc.collect()  # of those left, some are only part of a cycle
+        for node, proxy in self._results:
+            if proxy() is not None:
+                node.meta["stored"] = True
+        return graph
 
     def is_leaf_module(self, m: native.Module, module_qualified_name: str) -> bool:
         return _is_opaque(m)
@@ -525,14 +570,20 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(model: native.Module) -> fx.Graph:
-    """The graph of a copy that shares the tensors and has no hooks: forward may store symbolic values in the modules it
-    runs on."""
+    """The graph of a copy that shares the Parameters and has no hooks: forward may store symbolic values in the modules
+    it runs on, and change their other tensors."""
     modules = list(model.modules())
     twins = {id(module): object.__new__(type(module)) for module in modules}
     memo: dict[int, Any] = dict(twins)
     for module in modules:
         held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
-        memo.update((id(value), value) for value in held if isinstance(value, Tensor))
+        for value in held:
+            if isinstance(value, native.Parameter):
+                memo[id(value)] = value
+            elif isinstance(value, Tensor) and not is_lazy(
+                value
+            ):  # which deepcopy may refuse, or copy with its storage
+                memo[id(value)] = value.detach().clone()
     for module in modules:
         twin = vars(twins[id(module)])
         for name, value in vars(module).items():
@@ -543,8 +594,13 @@ def _trace(model: native.Module) -> fx.Graph:
                     twin[name] = copy.deepcopy(value, memo)
                 except Exception:  # a lock, a process group, ..: the copy does with the same one
                     twin[name] = value
-    with torch.random.fork_rng(devices=[]):
-        return _Tracer().trace(twins[id(model)])
+    pythons, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _Tracer().trace(twins[id(model)])
+    finally:
+        random.setstate(pythons)
+        np.random.set_state(numpys)
 
 
 def _why_untraceable(error: Exception) -> str:
@@ -663,12 +719,14 @@ class _Search:
                 stopped = f"{step} is not fused"
             elif len(node.users) > 1:
                 stopped = f"what goes into {step} is used elsewhere too"
+            elif "stored" in node.meta:
+                stopped = f"what goes into {step} is stored by forward"
             elif is_parametrized(conv):
                 stopped = f"it is parametrized, and {step} is not fused with a weight that is computed at each use"
             elif "_conv_forward" in vars(conv):
                 stopped = f"its _conv_forward was replaced, and {step} is not fused with another function"
             elif seen_by:
-                stopped = f"a hook on {seen_by[0]} may see what goes into {step}"
+                stopped = f"a hook on {seen_by[0]}, or its compiler, may see what goes into {step}"
             else:
                 if step.norm:
                     norm = (cast(native.BatchNorm2d, called(user)),)

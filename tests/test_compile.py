@@ -88,10 +88,16 @@ CALLS = {
     "conv2d_relu": (F.conv2d_relu, lambda n: (randn(n, 3, 8, 8), W, B), CONV),
     "conv2d_relu_max_pool2d": (F.conv2d_relu_max_pool2d, lambda n: (randn(n, 3, 8, 8), W, B), POOLED),
     "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, 1), lambda n: (channels_last(n, 3, 9, 8),), POOL),
+    "max_pool2d, image sizes": (lambda x: F.max_pool2d(x, 2), lambda n: (randn(2, 3, 8 + n, 9 * n),), POOL),
     "cross_entropy": (F.cross_entropy, lambda n: (randn(n, 5), torch.arange(n) % 5), LOSS),
     "cross_entropy, probabilities": (
         lambda x, t: F.cross_entropy(x, t, CLASS_WEIGHT, label_smoothing=0.1, reduction="none"),
         lambda n: (randn(n, 5, 4), randn(n, 5, 4).softmax(1)),
+        LOSS,
+    ),
+    "cross_entropy, deprecated options": (
+        lambda x, t: F.cross_entropy(x, t, size_average=False),
+        lambda n: (randn(n, 5), torch.arange(n) % 5),
         LOSS,
     ),
     "nn.ReLU": (nn.ReLU(), lambda n: (randn(n, 5),), set()),
@@ -129,6 +135,7 @@ def test_what_is_compiled_natively_is_said(caplog):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
 @pytest.mark.parametrize("name", CALLS)
 def test_calls(name):
     check(*CALLS[name])

@@ -3,8 +3,10 @@
 import copy
 import os
 import pickle
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -411,6 +413,27 @@ def test_stand_in_refuses_what_it_cannot_get_right():
     result = checkpoint(torch.relu, ours(image()), use_reentrant=True)  # an autograd.Function has no __torch_function__
     with pytest.raises(RuntimeError, match="a gradient reached the unfinished result"):
         result.sum().backward()
+    result = checkpoint(ours, image().requires_grad_(), use_reentrant=True)
+    for use in (F.relu, torch.exp):
+        with pytest.raises(RuntimeError, match="a gradient would not reach the unfinished result"):
+            use(result)
+
+    for tensor in (ours.weight, ours.bias):
+        y = ours(image())
+        with torch.no_grad():
+            tensor.add_(1)
+        with pytest.raises(RuntimeError, match="was modified before"):
+            y + 1
+
+
+def test_stand_in_keeps_the_weights_of_its_call():
+    ours, theirs = ahead()
+    x = image()
+    results = []
+    for m in (ours, theirs):
+        weights = {name: 2 * p for name, p in m.named_parameters()}
+        results.append(torch.func.functional_call(m, weights, (x,)) + 0)
+    torch.testing.assert_close(*results)
 
 
 def test_stand_in_is_asked_what_it_is_without_being_computed(monkeypatch):
@@ -479,6 +502,55 @@ def test_forward_runs_as_written():
     assert calls[0] is x
     assert model.last is result
     assert not fastnn.convert(model).left_alone, "a stored result is no obstacle"
+
+
+def test_what_forward_stores_on_the_way_is_left_alone(backend):
+    """Grad-CAM reads it and its gradient; a list that forward drops keeps nothing, a cycle through one included."""
+
+    def stored(m, x):
+        m.act = m.conv(x)
+        return F.relu(m.act)
+
+    report, model, original = assert_converts(WithForward(stored, conv=conv()), [], left_alone=["conv", "(model)"])
+    assert report.left_alone[0] == ("conv", "what goes into ReLU is stored by forward")
+    x = image()
+    for m in (model, original):
+        loss = m(x).sum()
+        m.act.retain_grad()
+        loss.backward()
+    torch.testing.assert_close(model.act.grad, original.act.grad)
+
+    kept = []
+    model = WithForward(lambda m, x: kept.append(m.conv(x)) or F.relu(kept[-1]), conv=conv())
+    assert not fastnn.convert(model).fused
+
+    def dropped(m, x):
+        results = [m.conv(x)]
+        results.append(results)
+        return F.relu(results[0])
+
+    assert_converts(WithForward(dropped, conv=conv()), ["conv"])
+
+
+def test_the_trace_changes_nothing(backend):
+    """Neither the buffers and tensors that forward updates nor any generator of random numbers."""
+
+    def forward(m, x):
+        m.steps += 1
+        m.average.mul_(0.5)
+        if random.random() + np.random.rand() + torch.rand(()) < 3:
+            return F.relu(m.conv(x))
+
+    model = WithForward(forward, conv=conv()).double()
+    model.register_buffer("steps", torch.zeros((), dtype=torch.long))
+    model.average = torch.ones(2)
+    before = random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()
+    assert len(fastnn.convert(model).fused) == 1
+    assert before == (random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist())
+    assert model.steps == 0
+    assert torch.equal(model.average, torch.ones(2))
+    model(image())
+    assert model.steps == 1
 
 
 def test_functions_that_stay_torchs_are_reported():
@@ -566,6 +638,19 @@ def test_autocast():
     torch.testing.assert_close(stand_in + 0, plain)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_was_compiled_to_torchs_operators_is_reported():
+    model = nn.Sequential(conv(), nn.Flatten())
+    assert fastnn.convert(torch.jit.script(model)).left_alone == [("0", "TorchScript runs torch's operators")]
+    exported = torch.export.export(model, (image().float(),)).module()
+    assert fastnn.convert(exported).left_alone == [
+        ("(model)", "its graph calls torch's operators: convert what it was made from")
+    ]
+    fastnn.convert(model)
+    exported = torch.export.export(model, (image().float(),), strict=True).module()
+    assert not fastnn.convert(exported).left_alone
+
+
 def test_report_is_a_table():
     model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2, padding=1))
     assert str(fastnn.convert(model)).splitlines() == [
@@ -642,6 +727,27 @@ def test_wrapped_models(mesh, wrapper, when):
     torch.testing.assert_close(results(wrapped), exact)
     if "fully_shard" not in wrapper:
         assert all(p is parameters[name] for name, p in inside.named_parameters())
+
+
+@pytest.mark.parametrize("when", ["before", "after", "beside"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_parts_that_are_compiled_alone(when, inplace, caplog):
+    """They are given the plain result."""
+    torch._dynamo.reset()
+    model = nn.Sequential(conv(), nn.Sequential(nn.ReLU(inplace), nn.MaxPool2d(2))).double()
+    original = copy.deepcopy(model)
+    if when == "before":
+        model[1].compile(backend="aot_eager")
+    report = fastnn.convert(model)
+    if when == "before":
+        assert report.left_alone == [("0", "a hook on 1, or its compiler, may see what goes into ReLU")]
+    elif when == "after":
+        model[1].compile(backend="aot_eager")
+    else:  # in another module, which convert has not seen
+        model[1] = torch.compile(model[1], backend="aot_eager")
+    for height in (8, 10):
+        torch.testing.assert_close(run(model, x := image(2, 3, height, 8)), run(original, x))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 # ---- revert ----
@@ -737,6 +843,7 @@ CHANGES = {
     "data in place": lambda m: [p.data.mul_(2) for p in m.parameters()] and m.eval(),
     "dtype": lambda m: m.float().double(),
     "training": lambda m: m.train()(image()) is m.eval(),
+    "training of the statistics alone": lambda m: m[1].train() and m(image()) is m[1].eval(),
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn.nn
 
@@ -193,6 +196,35 @@ def test_saved_weights_load_both_ways(backend, tmp_path):
         torch.save(source.state_dict(), tmp_path / "weights.pt")
         target.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
         torch.testing.assert_close(target(x), source(x))
+
+
+@pytest.mark.one_tier
+@pytest.mark.parametrize("fused", mostly_big([False, True], 1), ids=["layers", "fused"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_flops_are_counted_as_torchs(backend, frozen: bool, fused: bool):
+    counts = []
+    for nn in (torch.nn, fastnn.nn):
+        module = model(nn, fused)
+        module[0].requires_grad_(not frozen)
+        x = torch.ones(2, 3, 6, 6, dtype=torch.float64, requires_grad=not frozen)
+        with FlopCounterMode(display=False) as counter:
+            module(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("first", ["torch.utils.flop_counter", "fastnn"])
+def test_flops_are_counted_whichever_is_imported_first(first: str):
+    code = f"""
+import {first}
+import fastnn.nn.functional as F, torch
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    F.conv2d(torch.ones(4, 3, 30, 30), torch.ones(8, 3, 3, 3), stride=2, padding="valid")
+assert counter.get_total_flops() == 2 * 4 * 8 * 14 * 14 * 27, counter.get_total_flops()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.expects_native

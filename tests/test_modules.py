@@ -325,3 +325,14 @@ def test_the_rest_is_torch_nn():
     assert nn.Module is native.Module
     assert nn.utils is native.utils
     assert nn.functional.conv2d is not native.functional.conv2d
+
+
+def test_lazy_convolutions_become_fastnns():
+    ours, theirs = nn.LazyConv2d(4, 3), native.LazyConv2d(4, 3)
+    x = torch.randn(1, 3, 5, 5)
+    for module in (ours, theirs):
+        module(x)
+    assert type(ours) is nn.Conv2d
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert repr(ours) == repr(theirs)

@@ -97,6 +97,60 @@ def test_type_checkers_see_all_that_torch_has(tmp_path):
     assert {("nn", "Liner"), ("nn.functional", "rellu"), ("optim", "Adma")} <= unknown["fastnn"] <= unknown["torch"]
 
 
+def test_type_checkers_see_what_is_replaced(tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "program.py").write_text(
+        "import torch\n"
+        "import fastnn.nn as nn\n"
+        "import fastnn.nn.functional as F\n"
+        "import fastnn.optim as optim\n"
+        "from fastnn.optim.lr_scheduler import StepLR\n"
+        "conv = nn.Conv2d(3, 4, 3)\n"
+        "StepLR(optim.SGD(conv.parameters(), lr=0.1, lr_in_velocity=True), 3)\n"
+        "pooled: torch.Tensor = F.max_pool2d(F.conv2d(torch.ones(1, 3, 8, 8), conv.weight, padding='same'), 2)\n"
+        "reveal_type(conv)\n"
+        "reveal_type(F.max_pool2d(pooled, 2, return_indices=True))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--config-file=", "program.py"],
+        env=os.environ | {"MYPYPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == [
+        'program.py:9: note: Revealed type is "fastnn.nn.layers.Conv2d"',
+        'program.py:10: note: Revealed type is "tuple[torch._tensor.Tensor, torch._tensor.Tensor]"',
+        "Success: no issues found in 1 source file",
+    ]
+
+
+def test_torchs_submodules_have_fastnns_names_too():
+    """They are torch's own, one copy of each, and loaded when torch loads them."""
+    done = python(
+        "import fastnn.nn as nn\n"
+        "import sys\n"
+        "assert 'torch.nn.utils.prune' not in sys.modules\n"
+        "from fastnn.nn.utils.rnn import pad_sequence\n"
+        "from fastnn.optim.lr_scheduler import StepLR\n"
+        "import fastnn.nn.functional, fastnn.nn.init, fastnn.nn.modules.conv, fastnn.nn.parallel, fastnn.nn.parameter\n"
+        "import fastnn.nn.utils.prune, fastnn.optim.optimizer\n"
+        "import torch.nn.functional, torch.nn.utils.prune\n"
+        "assert fastnn.nn.utils.prune is torch.nn.utils.prune\n"
+        "assert nn.modules.batchnorm is torch.nn.modules.batchnorm\n"
+        "assert torch.nn.utils.prune.__name__ == torch.nn.utils.prune.__spec__.name == 'torch.nn.utils.prune'\n"
+        "assert fastnn.nn.functional is not torch.nn.functional\n"
+        "try:\n"
+        "    import fastnn.nn.no_such_name\n"
+        "except ModuleNotFoundError as error:\n"
+        "    assert error.name == 'fastnn.nn.no_such_name'\n"
+        "else:\n"
+        "    raise AssertionError"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_what_is_replaced():
     from fastnn.nn import functional
 

@@ -4,19 +4,25 @@ a ``Sequential`` that fuses them, and the fused ``ConvReLU2d`` and ``ConvReLUMax
 from typing import TYPE_CHECKING
 
 from torch import nn as _native
-from torch.nn import *  # noqa: F403
 
-# Not `from fastnn.nn import functional`: that would find torch's, which the line above brought in.
-import fastnn.nn.functional as functional  # noqa: F401
+if TYPE_CHECKING:
+    from fastnn.nn import functional as functional
+else:
+    from torch.nn import *  # noqa: F403
+
+    # Not as above: that would find torch's, which the star brought in.
+    import fastnn.nn.functional as functional  # noqa: F401
+from fastnn.nn.layers import Conv2d as Conv2d
+from fastnn.nn.layers import ConvReLU2d as ConvReLU2d
+from fastnn.nn.layers import ConvReLUMaxPool2d as ConvReLUMaxPool2d
+from fastnn.nn.layers import LazyConv2d as LazyConv2d
+from fastnn.nn.layers import MaxPool2d as MaxPool2d
+from fastnn.nn.layers import ReLU as ReLU
+from fastnn.nn.layers import Sequential as Sequential
 from fastnn.nn.loss import CrossEntropyLoss as CrossEntropyLoss
-from fastnn.nn.modules import Conv2d as Conv2d
-from fastnn.nn.modules import ConvReLU2d as ConvReLU2d
-from fastnn.nn.modules import ConvReLUMaxPool2d as ConvReLUMaxPool2d
-from fastnn.nn.modules import MaxPool2d as MaxPool2d
-from fastnn.nn.modules import ReLU as ReLU
-from fastnn.nn.modules import Sequential as Sequential
 
-if TYPE_CHECKING:  # what the star leaves out
+if TYPE_CHECKING:  # which keeps the first of what has one name, and is told what the star leaves out
+    from torch.nn import *  # type: ignore[assignment]  # noqa: F403
     from torch.nn import common_types as common_types
     from torch.nn import intrinsic as intrinsic
     from torch.nn import qat as qat

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 from torch.nn import functional as native
-from torch.nn.functional import *  # noqa: F403
 from torch.overrides import handle_torch_function, has_torch_function_unary
+
+if TYPE_CHECKING:
+    from torch.nn.functional import max_pool2d as max_pool2d  # whose overloads are ours too
+else:
+    from torch.nn.functional import *  # noqa: F403
 
 from fastnn import ops as _ops
 from fastnn.dispatch import _C, PLAIN_TYPES, forced, log_once, use_kernels
@@ -404,6 +408,13 @@ def _cross_entropy_covers(
     return fits
 
 
+def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    return _Reduction.legacy_get_string(size_average, reduce)
+
+
+_legacy_reduction._dynamo_marked_constant = True  # type: ignore[attr-defined]  # its warning comes at compile time
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -417,7 +428,8 @@ def cross_entropy(
     """Cross-entropy between logits and a target. As :func:`torch.nn.functional.cross_entropy`.
 
     One pass over the logits, keeping three values a row; backward writes the gradient straight from the logits.
-    The gradient of an ignored row is 0 whatever its logits (native torch makes NaN of infinities there).
+    The gradient of an ignored row is 0 whatever its logits (native torch makes NaN of infinities there). Logits that
+    were changed in place make backward raise (native torch keeps log-probabilities of its own).
     Up to 8192 float32 or float64 logits with class indices and no label smoothing are native torch's, which takes less
     time for them, unless :func:`fastnn.backend` forces the kernels.
 
@@ -445,6 +457,10 @@ def cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
     if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
+        reduction = _legacy_reduction(size_average, reduce)
     options = (_Reduction.get_enum(reduction), ignore_index, label_smoothing)
     return _ops.cross_entropy.cross_entropy(input, target, weight, *options)
+
+
+if TYPE_CHECKING:  # which keeps the first of what has one name
+    from torch.nn.functional import *  # noqa: F403

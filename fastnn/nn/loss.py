@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from fastnn.nn import functional as F
-from fastnn.nn.modules import named
+from fastnn.nn.layers import named
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

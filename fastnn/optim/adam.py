@@ -19,7 +19,9 @@ class Adam(FusedStep, torch.optim.Adam):
     float32 and rounded once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes
     :class:`torch.amp.GradScaler` leave the unscaling to the step, as in torch. Of a DTensor each process steps its own
     shard. Groups with other parameters or gradients (complex, sparse, on another device, of another tensor subclass),
-    ``differentiable`` ones and, on the CPU, ``capturable`` ones are updated by torch.
+    ``differentiable`` ones and, on the CPU, ``capturable`` ones are updated by torch. A compiled step follows ``lr``;
+    each new value of another option compiles it anew, as it mostly does torch's: give ``OneCycleLR`` and ``CyclicLR``
+    ``cycle_momentum=False`` there.
 
     Raises:
         ValueError, TypeError, RuntimeError: what :class:`torch.optim.Adam` raises.

@@ -20,7 +20,8 @@ class SGD(FusedStep, torch.optim.SGD):
     float32 and rounded once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes
     :class:`torch.amp.GradScaler` leave the unscaling to the step, as in torch. Of a DTensor each process steps its own
     shard. Groups with other parameters or gradients (complex, sparse, on another device, of another tensor subclass)
-    and ``differentiable`` ones are updated by torch.
+    and ``differentiable`` ones are updated by torch. A compiled step follows ``lr``, and each new value of another
+    option compiles it anew, as for :class:`Adam`.
 
     Args:
         lr_in_velocity: ``True`` gives the classical form ``v = momentum * v - lr * g; p = p + v`` (first step:

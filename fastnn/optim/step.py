@@ -101,12 +101,12 @@ class FusedStep(torch.optim.Optimizer):
         step: Any = self._native.step
         if getattr(step, "hooked", False):
             step = step.__wrapped__
-        groups = self.param_groups
-        self.param_groups = [group]
+        groups = list(self.param_groups)
+        self.param_groups[:] = [group]  # in place: torch 2.11 cannot compile a new value of the attribute
         try:
             step(self)
         finally:
-            self.param_groups = groups
+            self.param_groups[:] = groups
 
 
 def params_and_grads(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:

@@ -16,10 +16,12 @@ from fastnn.dispatch import use_kernels
 from fastnn.nn import functional as F
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_SEERS = (*HOOKS, "_compiled_call_impl")
 
 
 def hooked(modules: Iterable[nn.Module]) -> bool:
-    return any(getattr(module, hooks) for module in modules for hooks in HOOKS)
+    """Whether a hook, or a compiler that has one of the modules to itself, takes what goes in and out of it."""
+    return any(getattr(module, hooks) for module in modules for hooks in _SEERS)
 
 
 def named(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,6 +78,12 @@ class Conv2d(nn.Conv2d):
         if not is_scripting():
             return convolve(self, F.conv2d, input, weight, bias)
         return self._native_conv_forward(input, weight, bias)
+
+
+class LazyConv2d(nn.LazyConv2d):
+    """:class:`torch.nn.LazyConv2d` that becomes fastnn's Conv2d at its first call."""
+
+    cls_to_become = Conv2d
 
 
 class ReLU(nn.ReLU):
