@@ -616,14 +616,11 @@ void run_planes(std::vector<TapConv>& phases, DType dtype, const Tensor& weight,
     planes.origin_w = std::max(planes.origin_w, phase.planes.origin_w);
     cols = std::max(cols, phase.cols), num_taps += phase.num_taps;
   }
-  std::vector<std::vector<Tap>> taps;
   for (TapConv& phase : phases) {
-    taps.emplace_back(phase.taps, phase.taps + phase.num_taps);
-    for (Tap& tap : taps.back()) {
-      tap.row += planes.origin_h - phase.planes.origin_h, tap.col += planes.origin_w - phase.planes.origin_w;
-      planes.halo_h = std::max(planes.halo_h, tap.row), planes.halo_w = std::max(planes.halo_w, tap.col);
+    for (Tap* tap = phase.taps; tap < phase.taps + phase.num_taps; ++tap) {
+      tap->row += planes.origin_h - phase.planes.origin_h, tap->col += planes.origin_w - phase.planes.origin_w;
+      planes.halo_h = std::max(planes.halo_h, tap->row), planes.halo_w = std::max(planes.halo_w, tap->col);
     }
-    phase.taps = taps.back().data();
     phase.next = &phase == &phases.back() ? nullptr : &phase + 1;
   }
   set_pitch(planes, p.source.width, cols);
@@ -634,11 +631,13 @@ void run_planes(std::vector<TapConv>& phases, DType dtype, const Tensor& weight,
   const int64_t blocks = p.groups * ceil_div(p.group_results, kernels.tile_results);
   char* of_phase = packed.get();
   for (TapConv& phase : phases) {
-    TapConv planned = p;
-    planned.taps = phase.taps, planned.num_taps = phase.num_taps, planned.next = phase.next;
-    planned.rows = phase.rows, planned.cols = phase.cols, planned.result = phase.result;
-    planned.weight = of_phase;
-    phase = planned;
+    if (&phase != &p) {
+      TapConv planned = p;
+      planned.taps = phase.taps, planned.num_taps = phase.num_taps, planned.next = phase.next;
+      planned.rows = phase.rows, planned.cols = phase.cols, planned.result = phase.result;
+      phase = planned;
+    }
+    phase.weight = of_phase;
     torch::stable::parallel_for(
         0, blocks, std::max<int64_t>(1, 4096 / (p.group_channels * phase.num_taps)), [&](int64_t begin, int64_t end) {
           kernels.pack_weight[dtype](phase, weight.data_ptr(), strides.data(), of_phase, begin, end);
@@ -648,20 +647,20 @@ void run_planes(std::vector<TapConv>& phases, DType dtype, const Tensor& weight,
   run_tasks(p, kernels.run[dtype]);
 }
 
-// Runs the problems, phases of one gradient if they are several. Strides of the weight: of group, result channel,
-// reduced channel.
-void run_conv(const std::vector<TapConv>& phases, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
-  std::vector<TapConv> others;
-  for (const TapConv& p : phases) {
+// Runs the problems, phases of one gradient if they are several, of which some have no taps. Strides of the weight: of
+// group, result channel, reduced channel.
+void run_conv(std::vector<TapConv>& phases, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
+  const auto served = [&](const TapConv& p) {
+    if (p.num_taps == 0) return true;
     WinogradConv winograd;
+    if (plan_winograd(p, dtype, weight.data_ptr(), strides, winograd) && run_winograd(winograd, dtype)) return true;
     PointConv points;
-    if (plan_winograd(p, dtype, weight.data_ptr(), strides, winograd) && run_winograd(winograd, dtype)) continue;
-    if (plan_pointwise(p, dtype, points))
-      run_pointwise(points, dtype, weight, strides);
-    else
-      others.push_back(p);
-  }
-  if (!others.empty()) run_planes(others, dtype, weight, strides);
+    if (!plan_pointwise(p, dtype, points)) return false;
+    run_pointwise(points, dtype, weight, strides);
+    return true;
+  };
+  phases.erase(std::remove_if(phases.begin(), phases.end(), served), phases.end());
+  if (!phases.empty()) run_planes(phases, dtype, weight, strides);
 }
 
 std::vector<Tap> all_taps(const ConvShape& s, const Tensor& weight) {
@@ -693,7 +692,8 @@ void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& wei
   if (bias) conv_kernels().to_accumulator[dtype](bias->data_ptr(), bias->stride(0), wide_bias.get(), s.out_channels);
   if (output.numel() == 0) return;
   std::vector<Tap> taps = all_taps(s, weight);
-  TapConv p{};
+  std::vector<TapConv> problem(1);
+  TapConv& p = problem.front();
   p.source = plain_source(input);
   p.result.data = output.data_ptr();
   p.result.stride = strides4(output);
@@ -709,8 +709,8 @@ void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& wei
   p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_in(), p.group_results = s.group_out();
   p.rows = s.out_h, p.cols = s.out_w;
   p.bias = bias ? wide_bias.get() : nullptr, p.relu = relu;
-  if (run_depthwise({p}, 1, 1, p.result.stride, dtype, weight, weight.stride(0))) return;
-  run_conv({p}, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(0), weight.stride(1)});
+  if (run_depthwise(problem, 1, 1, p.result.stride, dtype, weight, weight.stride(0))) return;
+  run_conv(problem, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(0), weight.stride(1)});
 }
 
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding, Ints dilation,
@@ -782,8 +782,6 @@ void grad_input(ConvShape s, DType dtype, ConvSource grad, const Tensor& weight,
     Tensor zeroed = result;
     torch::stable::zero_(zeroed);
   }
-  phases.erase(std::remove_if(phases.begin(), phases.end(), [](const TapConv& p) { return p.num_taps == 0; }),
-               phases.end());
   run_conv(phases, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(1), weight.stride(0)});
 }
 

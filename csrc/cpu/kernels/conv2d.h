@@ -59,7 +59,7 @@ struct TapConv {
   ConvSource source;
   ConvResult result;
   Planes planes;
-  const Tap* taps;  // row by row
+  Tap* taps;  // row by row
   int64_t num_taps;
   int64_t batch, groups, group_channels, group_results;
   int64_t rows, cols;  // output positions of this problem (before pooling)
