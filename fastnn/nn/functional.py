@@ -278,11 +278,11 @@ def conv2d_relu_max_pool2d(
     step = pool_step(window, pool_stride)
     if geometry is not None:
         size = _ops.conv2d.output_size(input.shape, weight.shape, *geometry[:3])
-        if window is None or step is None or min(window + step) < 1 or window[0] > size[0] or window[1] > size[1]:
+        if window is None or step is None:
             log_once(op, UNTAKEN)
         elif window[0] * window[1] > MAX_POOL2D_WINDOW:
             log_once(op, f"a {window[0]} x {window[1]} window has over {MAX_POOL2D_WINDOW} elements")
-        else:
+        elif min(window + step) > 0 and window[0] <= size[0] and window[1] <= size[1]:  # else torch raises
             batch = input if input.dim() == 4 else input.unsqueeze(0)
             output, _ = _ops.conv2d.conv2d_relu_max_pool2d(batch, weight, bias, *geometry, window, step)
             return output if input.dim() == 4 else output.squeeze(0)
