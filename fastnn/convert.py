@@ -580,9 +580,8 @@ def _trace(model: native.Module) -> fx.Graph:
         for value in held:
             if isinstance(value, native.Parameter):
                 memo[id(value)] = value
-            elif isinstance(value, Tensor) and not is_lazy(
-                value
-            ):  # which deepcopy may refuse, or copy with its storage
+            elif isinstance(value, Tensor) and not is_lazy(value):
+                # deepcopy may refuse it, or copy it with its storage
                 memo[id(value)] = value.detach().clone()
     for module in modules:
         twin = vars(twins[id(module)])

@@ -577,9 +577,9 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
   const int64_t blocks = ceil_div(p.group_results, width), threads = torch::stable::get_num_threads();
   // Pixels of a block: a window's rows above and below it are not counted.
   const int64_t pixel = s.step_h * s.step_w * p.group_channels * element;
-  const int64_t bytes = p.result.stride.c == 1 || w.by_column ? pixel : std::max(pixel, panel * element);
+  const int64_t bytes = p.result.stride.c == 1 ? pixel : std::max(pixel, panel * element);
   const int64_t fit = std::max(tile, kPointBytes / bytes / tile * tile);
-  w.block_cols = by_channel ? std::min(fit, p.cols) : p.cols;
+  w.block_cols = std::min(fit, p.cols);
   w.block_rows = p.num_taps == 1 ? 1 : std::max<int64_t>(1, fit / p.cols);
   while (w.block_rows > w.window_h && p.batch * ceil_div(p.rows, w.block_rows) < 4 * threads)
     w.block_rows = ceil_div(w.block_rows, 2);

@@ -363,15 +363,15 @@ void row_tile(const TileSetting& s, int64_t width, int64_t position, int64_t lan
 
 // How many taps a row of the window has, or 0 where rows don't share what they read or don't fill their tiles.
 FASTNN_INLINE int64_t shared_width(const TapConv& p, int64_t rows, int64_t lanes) {
+  if (p.group_results > kSharedResults || p.planes.phases > 1 || rows < kSharedRows) return 0;
+  if (4 * p.cols < 3 * ceil_div(p.cols, 2 * lanes) * 2 * lanes) return 0;
   int64_t width = 0;
   while (width < p.num_taps && p.taps[width].row == p.taps[0].row) ++width;
   for (int64_t t = width; t < p.num_taps; ++t) {
     const Tap &tap = p.taps[t], &above = p.taps[t - width];
     if (tap.row != above.row + 1 || tap.col != above.col) return 0;
   }
-  const bool filled = rows >= kSharedRows && 4 * p.cols >= 3 * ceil_div(p.cols, 2 * lanes) * 2 * lanes;
-  const bool shared = p.planes.phases == 1 && width < p.num_taps;
-  return p.group_results <= kSharedResults && shared && filled ? width : 0;
+  return width < p.num_taps ? width : 0;
 }
 
 template <class T>
