@@ -200,6 +200,10 @@ choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _ON_CPU = (torch.device("cpu"), torch.float32)
+# What every call asks, by short names: a small convolution takes as long as a hundred lookups.
+is_compiling = torch.compiler.is_compiling
+are_transforms_active = torch._C._are_functorch_transforms_active
+_is_tracing = torch._C._is_tracing
 
 
 def _kind(op: str, tensors: tuple[Tensor | None, ...]) -> tuple[torch.device, torch.dtype] | None:
@@ -236,15 +240,15 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
     Triton's are not the dispatcher's.
     """
     # Mostly one question to C; the compiler cannot look into that, and asks in Python.
-    compiling = torch.compiler.is_compiling()
-    plain = not compiling and forced() is None and _C.are_plain(*tensors)
+    compiling = is_compiling()
+    plain = not compiling and _forced.get() is None and _C.are_plain(*tensors)
     kind = _ON_CPU if plain else _kind(op, tensors)
     if kind is None:
         return False
-    if not compiling and torch._C._is_tracing():  # would record a call past the dispatcher as a constant
+    if not compiling and _is_tracing():  # would record a call past the dispatcher as a constant
         log_once(op, "of torch.jit.trace")
         return False
-    if torch._C._are_functorch_transforms_active():
+    if are_transforms_active():
         log_once(op, "of a torch.func transform")
         return False
     if forward_ad._current_level >= 0:
@@ -270,14 +274,8 @@ TRITON_REGISTERED = {device_type for device_type in DEVICES["triton"] if device_
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 profiler_enabled = torch._C._autograd._profiler_enabled
-
-
-def entry(operator: str, tensor: Tensor) -> Callable[..., Any] | None:
-    """The compiled kernels' own entry point of ``operator``, if this call may go past torch's dispatcher: nothing that
-    watches operators there (a mode, a profiler) is on. It raises ``NotCovered`` where only the dispatcher will do."""
-    if not tensor.is_cpu or _dispatch_modes() or _function_modes() or profiler_enabled() or forced() == "triton":
-        return None
-    return getattr(LIBRARIES["cpu"], operator, None)
+# Inside it a call goes straight to the device's kernel, past the Python rule that ops/autograd.py registers.
+BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
 def kernel(operator: str, args: tuple[Any, ...]) -> Callable[..., Any]:
@@ -288,6 +286,24 @@ def kernel(operator: str, args: tuple[Any, ...]) -> Callable[..., Any]:
         return _operators[operator]
     seen = (_dispatch_modes() or profiler_enabled()) and first.device.type in TRITON_REGISTERED
     return _operators[operator] if seen else triton.function(operator)
+
+
+def run(operator: str, *args: Any) -> Any:
+    """The implementation's result, below autograd: by the compiled kernels' own entry point, past torch's dispatcher,
+    where there is one and nothing that watches operators there (a mode, a profiler) is on."""
+    watched = _dispatch_modes() or _function_modes() or profiler_enabled() or _forced.get() == "triton"
+    if args[0].is_cpu and not watched and (straight := getattr(LIBRARIES["cpu"], operator, None)) is not None:
+        try:
+            return straight(*args)
+        except _C.NotCovered:  # only the dispatcher will do
+            pass
+    return run_dispatched(operator, *args)
+
+
+def run_dispatched(operator: str, *args: Any) -> Any:
+    """The same, always through the dispatcher."""
+    with BelowAutograd():
+        return kernel(operator, args)(*args)
 
 
 def _register() -> None:

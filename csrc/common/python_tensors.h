@@ -22,10 +22,15 @@ void define_entry(pybind11::module_& m, const char* name, F* function) {
 
 }  // namespace fastnn
 
+// Not by PYBIND11_TYPE_CASTER, which begins with a default tensor: two allocations an argument.
 template <>
 struct pybind11::detail::type_caster<torch::stable::Tensor> {
-  PYBIND11_TYPE_CASTER(torch::stable::Tensor, const_name("Tensor"));
+  static constexpr auto name = const_name("Tensor");
+  template <class T>
+  using cast_op_type = torch::stable::Tensor&&;
+  std::optional<torch::stable::Tensor> value;
 
+  operator torch::stable::Tensor&&() && { return *std::move(value); }
   bool load(handle object, bool) {
     value = fastnn::tensor_of(object);
     return true;

@@ -665,6 +665,7 @@ void run_conv(std::vector<TapConv>& phases, DType dtype, const Tensor& weight, s
 
 std::vector<Tap> all_taps(const ConvShape& s, const Tensor& weight) {
   std::vector<Tap> taps;
+  taps.reserve(size_t(s.kernel_h * s.kernel_w));
   for (int64_t r = 0; r < s.kernel_h; ++r)
     for (int64_t q = 0; q < s.kernel_w; ++q)
       taps.push_back({0, r * s.dilation_h, q * s.dilation_w, r * weight.stride(2) + q * weight.stride(3)});

@@ -34,7 +34,7 @@ Tensor with_huge_pages(Tensor tensor) {
 }
 
 void* allocate_scratch(size_t bytes) {
-  void* const data = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
+  void* const data = std::malloc(bytes + 128);
   if (!data) throw std::runtime_error("can't allocate memory: " + std::to_string(bytes) + " bytes of scratch");
   advise_huge_pages(data, bytes);
   return data;

@@ -26,21 +26,21 @@ Tensor fresh_like(const Tensor& tensor);
 Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> sizes, bool channels_last,
                 std::optional<ScalarType> dtype = std::nullopt);
 
-// Uninitialised memory for free(), with huge pages.
+// Uninitialised memory for free(), with huge pages: `bytes` and a cache line more from its next cache line on.
 void* allocate_scratch(size_t bytes);
 
-// Uninitialised scratch of one thread, aligned to a cache line.
+// Uninitialised scratch of one thread, aligned to a cache line. By hand: aligned_alloc takes malloc's slow path.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(allocate_scratch(size_t(count) * sizeof(T)))) {}
-  T* get() const { return data_.get(); }
+  explicit Scratch(int64_t count) : memory_(allocate_scratch(size_t(count) * sizeof(T))) {}
+  T* get() const { return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) | 63) + 1); }
 
  private:
   struct Free {
-    void operator()(T* p) const { std::free(p); }
+    void operator()(void* p) const { std::free(p); }
   };
-  std::unique_ptr<T, Free> data_;
+  std::unique_ptr<void, Free> memory_;
 };
 
 }  // namespace fastnn::cpu

@@ -19,7 +19,7 @@ else:
     from torch.nn.functional import *  # noqa: F403
 
 from fastnn import ops as _ops
-from fastnn.dispatch import _C, PLAIN_TYPES, forced, log_once, use_kernels
+from fastnn.dispatch import _C, PLAIN_TYPES, forced, is_compiling, log_once, use_kernels
 
 UNTAKEN = "the kernels do not take these arguments"  # which may be wrong: native torch then raises
 
@@ -68,7 +68,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if _overrides(input):
         return handle_torch_function(native.relu, (input,), input, inplace=inplace)
-    if torch.compiler.is_compiling():  # which could not fuse an operator of ours
+    if is_compiling():  # which could not fuse an operator of ours
         log_once("relu", "torch.compile fuses its own into what stands beside it")
         return native.relu(input, inplace)
     if _few("relu", input, MAX_FEW_ELEMENTS) or not use_kernels("relu", input):
@@ -176,7 +176,7 @@ def _conv_geometry(
     if weight is None or not use_kernels(op, input, weight, bias):
         return None
     # A float would find its int in the cache, and torch refuses it.
-    cached = not torch.compiler.is_compiling() and _C.are_ints(*options)
+    cached = not is_compiling() and _C.are_ints(*options)
     find = _cached_geometry if cached else _geometry
     geometry = find(input.shape, weight.shape, None if bias is None else bias.shape, options)
     if geometry is None:
@@ -366,7 +366,7 @@ def _few_logits(input: Tensor, target: Tensor, label_smoothing: float) -> bool:
     """Whether cross-entropy is native torch's for being small. Label smoothing and class probabilities take it several
     operators, and 16-bit logits it rounds on the way."""
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and isinstance(label_smoothing, (int, float))
         and not label_smoothing
         and isinstance(target, Tensor)

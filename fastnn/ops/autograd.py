@@ -15,26 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastnn.dispatch import _C, entry, forced, forced_to, kernel
-
-# Inside it a call goes straight to the device's kernel, past the Python rule that `differentiable` registers.
-BelowAutograd = torch._C._AutoDispatchBelowAutograd
-
-
-def run(operator: str, *args: Any) -> Any:
-    """The operator's implementation of this call, below autograd, past the dispatcher where that may be."""
-    if (straight := entry(operator, args[0])) is not None:
-        try:
-            return straight(*args)
-        except _C.NotCovered:
-            pass
-    return run_dispatched(operator, *args)
-
-
-def run_dispatched(operator: str, *args: Any) -> Any:
-    """The same, always through the dispatcher."""
-    with BelowAutograd():
-        return kernel(operator, args)(*args)
+from fastnn.dispatch import BelowAutograd, are_transforms_active, forced, forced_to, is_compiling, run
 
 
 class Function(torch.autograd.Function):
@@ -125,9 +106,9 @@ def differentiable(
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return op(*args)
-        if in_torch is not None and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        if in_torch is not None and (are_transforms_active() or forward_ad._current_level >= 0):
             return in_torch(*args)
         if torch.is_grad_enabled():
             for tensor in args[:tensors]:

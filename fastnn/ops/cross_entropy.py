@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import forced
-from fastnn.ops.autograd import Function, differentiable, run
+from fastnn.dispatch import forced, run
+from fastnn.ops.autograd import Function, differentiable
 
 
 def _class_dim(input: Tensor) -> int:

@@ -10,8 +10,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import _C, LIBRARIES, choice, log_once, profiler_enabled, use_kernels
-from fastnn.ops.autograd import run_dispatched
+from fastnn.dispatch import _C, LIBRARIES, choice, log_once, profiler_enabled, run_dispatched, use_kernels
 
 
 class Numbers(NamedTuple):
