@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,6 +69,20 @@ def test_triton_has_a_function_of_every_operator(op):
 def test_the_documentation_shows_the_registry():
     documented = (ROOT / "docs" / "backends.md").read_text()
     assert f"<!-- support -->\n{command.markdown()}\n<!-- /support -->" in documented
+
+
+def test_the_readme_shows_the_registry():
+    table = (ROOT / "README.md").read_text().split("## What is supported\n\n")[1].split("\n\n")[0]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    columns = {
+        backend: header.index(name) for backend, name in {"cpu": "CPU", "cuda": "CUDA", "triton": "Triton"}.items()
+    }
+    shown = {}
+    for row in rows:
+        op = row[0].split("`")[1].lower()
+        shown[op] = [backend for backend, column in columns.items() if row[column].startswith("yes")]
+        assert sorted(row[1].split(", ")) == sorted(str(t).removeprefix("torch.") for t in dispatch.KERNEL_DTYPES)
+    assert shown == {op: [b for b in dispatch.KERNELS if op in dispatch.KERNELS[b]] for op in dispatch.OPERATORS}
 
 
 # ---- the choice ----
@@ -573,6 +588,21 @@ def test_command_for_machines():
         assert "cpu" in available
         if importlib.util.find_spec("triton"):
             assert ("triton" in available) == (op in dispatch.KERNELS["triton"])
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (types.SimpleNamespace(__version__="3.6.0+rocm"), "3.6.0+rocm"),
+        (types.SimpleNamespace(), "does not load: AttributeError: "),
+        (None, "not installed"),
+    ],
+    ids=["another package's", "broken", "missing"],
+)
+def test_command_says_which_triton_is_imported(monkeypatch, module, says):
+    """AMD's and Intel's packages have other names than the module."""
+    monkeypatch.setitem(sys.modules, "triton", module)
+    assert command.facts()["triton"].startswith(says)
 
 
 @pytest.mark.parametrize("as_json", [False, True])
