@@ -7,7 +7,7 @@ the first time: it compiles); the exit status is 1 if one differs.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import importlib
 import json
 import os
 import platform
@@ -28,19 +28,25 @@ from fastnn.dispatch import CUDA_OFF, DEVICES, FORCED_DEVICES, KERNEL_DTYPES, KE
 DTYPES = sorted(KERNEL_DTYPES, key=str)
 
 
+def triton_version() -> str:
+    """What the module says: packages of AMD's and Intel's have other names than it."""
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except Exception as error:  # whatever a broken installation may do
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "not installed"
+        return f"does not load: {type(error).__name__}: {error}"
+
+
 def facts() -> dict[str, Any]:
     """What is installed and built, and what is in use of it."""
-    try:
-        triton_version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton_version = "not installed"
     available = _C.available_isas()
     cuda = sys.modules.get("fastnn._C_cuda")
     return {
         "fastnn": f"{fastnn.__version__}, compiled by {_C.compiler} with torch {_C.torch_built_with}",
         "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
         "torch": torch.__version__,
-        "triton": triton_version,
+        "triton": triton_version(),
         "cuda": f"off: {CUDA_OFF}" if cuda is None else f"kernels compiled for {cuda.architectures}",
         "instruction sets": {
             isa: "in use" if isa == _C.isa() else "available" if isa in available else "off: this CPU does not have it"

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -107,7 +107,6 @@ def why_off(backend: str, op: str, device: torch.device, dtype: torch.dtype = to
 
 # ---- the choice ----
 
-NOT_IN_DISPATCHER = "torch.compile or a TorchDispatchMode would call the compiled kernels, not triton's"
 PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 _logged: set[tuple[str, str]] = set()
 _choices: dict[tuple[str, torch.device, torch.dtype, str | None], tuple[str, str]] = {}
@@ -135,9 +134,7 @@ def backend(name: str) -> Iterator[None]:
     Args:
         name: ``'cpu'`` or ``'cuda'`` for the compiled kernels, ``'triton'``, or ``'torch'`` for native PyTorch. A call
             that the forced kernels do not cover gives the native result. ``'triton'`` on CPU tensors is Triton's
-            interpreter, and needs ``TRITON_INTERPRET=1`` in the environment. Under :func:`torch.compile` and
-            TorchDispatchModes, which see operators, it serves the devices that have no compiled kernels; elsewhere the
-            operators are the compiled kernels', and such calls give the native result.
+            interpreter, and needs ``TRITON_INTERPRET=1`` in the environment.
 
     Raises:
         ValueError: ``name`` is none of these.
@@ -236,8 +233,7 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
     required (None: not given).
 
     False sends the call to native torch: another dtype (or mixed ones), device, layout or tensor subclass, a
-    torch.func transform, forward-mode AD, torch.jit.trace, ``backend('torch')``, or what has to see operators where
-    Triton's are not the dispatcher's.
+    torch.func transform, forward-mode AD, torch.jit.trace, or ``backend('torch')``.
     """
     # Mostly one question to C; the compiler cannot look into that, and asks in Python.
     compiling = is_compiling()
@@ -260,9 +256,6 @@ def use_kernels(op: str, *tensors: Tensor | None) -> bool:
             if reason:
                 log_once(op, reason)
             return False
-        if backend == "triton" and kind[0].type not in TRITON_REGISTERED and (compiling or _dispatch_modes()):
-            log_once(op, NOT_IN_DISPATCHER)
-            return False
     return True
 
 
@@ -284,8 +277,22 @@ def kernel(operator: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     first = triton.first_tensor(args)
     if first is None or choice(operator, first.device, first.dtype)[0] != "triton":
         return _operators[operator]
-    seen = (_dispatch_modes() or profiler_enabled()) and first.device.type in TRITON_REGISTERED
-    return _operators[operator] if seen else triton.function(operator)
+    if not _dispatch_modes() and not profiler_enabled():
+        return triton.function(operator)
+    return cast(Callable[..., Any], getattr(getattr(torch.ops.fastnn, operator), overload(operator, first)))
+
+
+def overload(operator: str, tensor: Tensor) -> str:
+    """The overload of ``torch.ops.fastnn.<operator>`` that is this call to what sees operators (the compiler, a mode, a
+    profiler): ``triton`` where that is chosen and ``default`` is compiled kernels."""
+    chosen = choice(operator, tensor.device, tensor.dtype)[0]
+    return "triton" if chosen == "triton" and tensor.device.type not in TRITON_REGISTERED else "default"
+
+
+def overloads(operator: str) -> list[str]:
+    """The full names of both, or of the one there is."""
+    has_triton = any(operator in OPERATORS[op] for op in KERNELS["triton"])
+    return [f"fastnn::{operator}", *[f"fastnn::{operator}.triton"] * has_triton]
 
 
 def run(operator: str, *args: Any) -> Any:
@@ -307,7 +314,8 @@ def run_dispatched(operator: str, *args: Any) -> Any:
 
 
 def _register() -> None:
-    """Triton's functions for TRITON_REGISTERED; nothing of Triton is loaded by this."""
+    """Triton's functions, as the operators of TRITON_REGISTERED and as an overload; nothing of Triton is loaded by
+    this."""
 
     def loading(op: str, operator: str) -> Callable[..., Any]:
         def load_and_call(*args: Any) -> Any:
@@ -320,11 +328,17 @@ def _register() -> None:
 
         return load_and_call
 
+    # A step sends a table from the host, which a graph of the device would send as it was.
+    tags = dict.fromkeys(("adam", "sgd"), (torch.Tag.cudagraph_unsafe,))
     for op, operators in OPERATORS.items():
         for operator in operators:
-            _operators[operator] = getattr(torch.ops.fastnn, operator).default
-            for device_type in TRITON_REGISTERED if op in KERNELS["triton"] else ():
-                torch.library.impl(f"fastnn::{operator}", device_type, loading(op, operator))
+            default = _operators[operator] = getattr(torch.ops.fastnn, operator).default
+            if op in KERNELS["triton"]:
+                name, function = f"fastnn::{operator}", loading(op, operator)
+                torch.library.define(f"{name}.triton", str(default._schema).removeprefix(name), tags=tags.get(op, ()))
+                torch.library.impl(f"{name}.triton", FORCED_DEVICES["triton"], function)
+                for device_type in TRITON_REGISTERED:
+                    torch.library.impl(name, device_type, function)
 
 
 _register()

@@ -112,7 +112,6 @@ def where_it_runs(name):
 
 
 LEFT_TO_NATIVE = {f"{name} is off: {fastnn.dispatch.NO_KERNEL}" for name in fastnn.dispatch.KERNELS}
-LEFT_TO_NATIVE.add(fastnn.dispatch.NOT_IN_DISPATCHER)  # Triton's where compiled kernels are, on a GPU
 
 
 @pytest.fixture(params=BACKENDS)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as native
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn
 import fastnn.nn as nn
@@ -45,7 +47,8 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 def test_every_operator_is_in_the_registry():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::")}
-    assert {f"fastnn::{o}" for operators in dispatch.OPERATORS.values() for o in operators} == registered
+    operators = [o for of_op in dispatch.OPERATORS.values() for o in of_op]
+    assert {name for o in operators for name in dispatch.overloads(o)} == registered
 
 
 @pytest.mark.parametrize("op", dispatch.OPERATORS)
@@ -68,6 +71,20 @@ def test_triton_has_a_function_of_every_operator(op):
 def test_the_documentation_shows_the_registry():
     documented = (ROOT / "docs" / "backends.md").read_text()
     assert f"<!-- support -->\n{command.markdown()}\n<!-- /support -->" in documented
+
+
+def test_the_readme_shows_the_registry():
+    table = (ROOT / "README.md").read_text().split("## What is supported\n\n")[1].split("\n\n")[0]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    columns = {
+        backend: header.index(name) for backend, name in {"cpu": "CPU", "cuda": "CUDA", "triton": "Triton"}.items()
+    }
+    shown = {}
+    for row in rows:
+        op = row[0].split("`")[1].lower()
+        shown[op] = [backend for backend, column in columns.items() if row[column].startswith("yes")]
+        assert sorted(row[1].split(", ")) == sorted(str(t).removeprefix("torch.") for t in dispatch.KERNEL_DTYPES)
+    assert shown == {op: [b for b in dispatch.KERNELS if op in dispatch.KERNELS[b]] for op in dispatch.OPERATORS}
 
 
 # ---- the choice ----
@@ -189,35 +206,91 @@ def test_what_runs_is_what_was_chosen(monkeypatch, backend):
     assert dispatch.kernel("relu_backward", (x, x)) == expected
 
 
+class Recording(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def forced_triton(monkeypatch):
+    """Where Triton runs here, the operators of its functions that are called from now on, and the overload they are in
+    for what sees operators."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    ran, function = set(), fastnn.triton.function
+    monkeypatch.setattr(fastnn.triton, "function", lambda operator: ran.add(operator) or function(operator))
+    return device, ran, "default" if device.type in dispatch.TRITON_REGISTERED else "triton"
+
+
+@pytest.mark.gpu
 @needs_triton
-@pytest.mark.parametrize("how", ["mode", "compile"])
-def test_triton_does_not_pretend_to_serve_what_sees_operators(monkeypatch, caplog, how):
-    """Where compiled kernels are registered, such a call would get those."""
-    monkeypatch.setattr(dispatch, "_choices", {("conv2d", *dispatch._ON_CPU, "triton"): ("triton", "")})
-    dispatch._logged.clear()
-    seen = []
+@pytest.mark.parametrize("how", ["mode", "eager", "aot_eager", "inductor"])
+def test_forced_triton_serves_what_sees_operators(monkeypatch, caplog, how):
+    """Also where the device's compiled kernels are the operators, and backward outside of the with block."""
+    device, ran, overload = forced_triton(monkeypatch)
 
-    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(function)
-            return function(*args, **(kwargs or {}))
+    def function(x, w, v):
+        pooled = F.conv2d_relu_max_pool2d(x, w)
+        return F.cross_entropy(F.conv2d(pooled, v).flatten(1), torch.zeros(1, dtype=torch.int64, device=x.device))
 
-    def compiler(graph, inputs):
-        seen.extend(node.target for node in graph.graph.nodes)
-        return graph
-
+    leaves = [t.to(device).requires_grad_() for t in (IMAGES, WEIGHT, torch.ones(2, 3, 3, 3))]
+    with fastnn.backend("torch"):
+        expected = [loss := function(*leaves), *torch.autograd.grad(loss, leaves)]
     torch._dynamo.reset()
-    function = torch.compile(F.conv2d, fullgraph=True, backend=compiler) if how == "compile" else F.conv2d
-    mode = Mode() if how == "mode" else contextlib.nullcontext()
-    with caplog.at_level("DEBUG", logger="fastnn"), fastnn.backend("triton"), mode:
+    dispatch._logged.clear()
+    mode = Recording() if how == "mode" else contextlib.nullcontext()
+    called = function if how == "mode" else torch.compile(function, fullgraph=True, backend=how)
+    with caplog.at_level("DEBUG", logger="fastnn"):
+        with fastnn.backend("triton"), mode:
+            loss = called(*leaves)
+        forward = set(ran)
+        results = [loss, *torch.autograd.grad(loss, leaves)]
+    torch.testing.assert_close(results, expected)
+    assert forward == {"conv2d", "conv2d_relu_max_pool2d", "cross_entropy"}
+    assert ran - forward == {"conv2d_backward", "cross_entropy_backward"}
+    assert not [record for record in caplog.records if record.name == "fastnn"]
+    if how == "mode":
+        assert {name for name in mode.seen if "fastnn" in name} == {f"fastnn.{o}.{overload}" for o in forward}
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+def test_forced_triton_serves_compiled_steps(monkeypatch, caplog, name):
+    device, ran, _ = forced_triton(monkeypatch)
+    params = [[torch.nn.Parameter(torch.linspace(-1, 1, 9, device=device))] for _ in range(2)]
+    eager, compiled = (getattr(fastnn.optim, name)(p, lr=0.1) for p in params)
+    torch._dynamo.reset()
+    step = torch.compile(compiled.step, fullgraph=True, backend="aot_eager")
+    dispatch._logged.clear()
+    with caplog.at_level("DEBUG", logger="fastnn"):
         for _ in range(2):
-            result = function(IMAGES, WEIGHT)
-    torch.testing.assert_close(result, torch.conv2d(IMAGES, WEIGHT))
-    assert seen
-    assert not [target for target in seen if "fastnn" in str(target)]
-    assert [record.getMessage() for record in caplog.records if record.name == "fastnn"] == [
-        f"conv2d: native torch, because {dispatch.NOT_IN_DISPATCHER}"
-    ]
+            for (p,) in params:
+                p.grad = p.detach().cos()
+            with fastnn.backend("torch"):
+                eager.step()
+            with fastnn.backend("triton"):
+                step()
+    torch.testing.assert_close(params[1], params[0])
+    assert ran == {f"{name.lower()}_"}
+    assert not [record for record in caplog.records if record.name == "fastnn"]
+
+
+@needs_interpreter
+def test_tritons_overloads_keep_the_operators_rules():
+    x, w, b = IMAGES.double(), WEIGHT.double().requires_grad_(), torch.ones(3, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.fastnn.conv2d.triton, (x, w, b, [2, 2], [0] * 4, [1, 1], 1, True))
+    with pytest.raises(RuntimeError, match="is not differentiable"):
+        torch.ops.fastnn.relu_.triton(w * 1)
+    flops = {}
+    for name in ("cpu", "triton"):
+        with fastnn.backend(name), FlopCounterMode(display=False) as counter:
+            F.conv2d(x, w).sum().backward()
+        flops[name] = counter.get_total_flops()
+    assert flops["cpu"] == flops["triton"] > 0
 
 
 def test_an_unknown_name_in_the_environment_fails_the_import():
@@ -573,6 +646,21 @@ def test_command_for_machines():
         assert "cpu" in available
         if importlib.util.find_spec("triton"):
             assert ("triton" in available) == (op in dispatch.KERNELS["triton"])
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (types.SimpleNamespace(__version__="3.6.0+rocm"), "3.6.0+rocm"),
+        (types.SimpleNamespace(), "does not load: AttributeError: "),
+        (None, "not installed"),
+    ],
+    ids=["another package's", "broken", "missing"],
+)
+def test_command_says_which_triton_is_imported(monkeypatch, module, says):
+    """AMD's and Intel's packages have other names than the module."""
+    monkeypatch.setitem(sys.modules, "triton", module)
+    assert command.facts()["triton"].startswith(says)
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -966,6 +966,16 @@ def test_saved_memory(backend, layout):
 # ---- layouts ----
 
 
+@pytest.mark.one_tier
+@pytest.mark.parametrize(("channels", "kernel"), [(1, (3, 3)), (1, (1, 2)), (2, (1, 1))])
+def test_gradient_of_the_weight_is_laid_out_as_the_fake_rule_says(backend, channels, kernel):
+    """Also along dimensions of size 1: an optimizer copies a gradient whose strides are not its parameter's."""
+    x, w, _ = Case((1, channels * 3, 5, 4), (6, channels, *kernel)).tensors(partial(normals, torch.float32))
+    w.requires_grad_()
+    F.conv2d(x, w, groups=3).sum().backward()
+    assert w.grad.stride() == w.stride()
+
+
 @pytest.mark.parametrize(
     ("input_layout", "weight_layout", "groups"), pairwise(list(LAYOUTS), ["contiguous", "channels_last"], [1, 2, 4])
 )

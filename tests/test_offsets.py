@@ -3,6 +3,8 @@ Triton's. Of the memory in between nothing is touched."""
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,6 +57,20 @@ def test_conv2d(backend, memory, dim, spread_gradient):
     results = result_and_gradients(lambda x, weight: F.conv2d(x, weight, padding=1), (x, weight), grad)
     for result, exact in zip(results, expected, strict=True):
         assert torch.equal(result.double(), exact)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_pooling_window(backend, memory, monkeypatch, dim):
+    """Of a window's own elements: Triton pools what the convolution left in memory."""
+    if backend != "triton":
+        pytest.skip("the compiled kernels pool what they have just convolved")
+    conv2d = importlib.import_module("fastnn.triton.conv2d")
+    shape = (1, 2, 9, 1) if dim == 2 else (1, 2, 1, 9)
+    convolved = spread(torch.arange(18.0).view(shape), dim, memory)
+    monkeypatch.setattr(conv2d, "_forward", lambda *_, **__: convolved)
+    x, weight, window = torch.ones(shape, dtype=DTYPE), torch.ones(2, 2, 1, 1, dtype=DTYPE), list(shape[2:])
+    pooled, _ = conv2d.conv2d_relu_max_pool2d(x, weight, None, [1, 1], [0] * 4, [1, 1], 1, window, window)
+    assert pooled.flatten().tolist() == [8, 17]
 
 
 @pytest.mark.parametrize("dim", range(3))

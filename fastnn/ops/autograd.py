@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastnn.dispatch import BelowAutograd, are_transforms_active, forced, forced_to, is_compiling, run
+from fastnn.dispatch import (
+    BelowAutograd,
+    are_transforms_active,
+    forced,
+    forced_to,
+    is_compiling,
+    overload,
+    overloads,
+    run,
+)
 
 
 class Function(torch.autograd.Function):
@@ -87,6 +96,17 @@ class _RefusingTangents(torch.library.Library):
         super().impl(op_name, checked, *args, **kwargs)
 
 
+def register_fake(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the rule of ``torch.ops.fastnn.<operator>`` for fake and meta tensors."""
+
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+        for full_name in overloads(operator):
+            torch.library.register_fake(full_name, rule)
+        return rule
+
+    return register
+
+
 _library = _RefusingTangents("fastnn", "FRAGMENT")
 
 
@@ -99,15 +119,21 @@ def differentiable(
     is the same by torch's operators, which have batching rules and forward-mode derivatives: a graph that was recorded
     outside of a transform may be walked inside of one.
     """
-    op = getattr(torch.ops.fastnn, name).default
-    torch.library.register_autograd(f"fastnn::{name}", function.backward, setup_context=function.save, lib=_library)
-    tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
+    op = getattr(torch.ops.fastnn, name)
+
+    def save_of_triton(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = "triton"
+        function.save(ctx, inputs, output)
+
+    for full_name, save in zip(overloads(name), (function.save, save_of_triton), strict=False):
+        torch.library.register_autograd(full_name, function.backward, setup_context=save, lib=_library)
+    tensors = sum("Tensor" in str(argument.type) for argument in op.default._schema.arguments)
     # Function.apply itself first binds the arguments by inspect.signature, ten times the cost of all the rest.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call(*args: Any) -> Any:
         if is_compiling():
-            return op(*args)
+            return getattr(op, overload(name, args[0]))(*args)
         if in_torch is not None and (are_transforms_active() or forward_ad._current_level >= 0):
             return in_torch(*args)
         if torch.is_grad_enabled():
@@ -123,9 +149,8 @@ def differentiable(
 def not_differentiable(name: str) -> Callable[..., Any]:
     """Makes a raw ``torch.ops.fastnn.<name>`` raise where autograd would have to record it, instead of silently
     cutting the graph, and returns the operator's call past that check."""
-    op = getattr(torch.ops.fastnn, name).default
 
-    def raise_if_recorded(*args: Any) -> Any:
+    def raise_if_recorded(op: Any, *args: Any) -> Any:
         refuse_tangents(name, args)
         if needs_grad(*torch.utils._pytree.tree_leaves(args)):
             raise RuntimeError(
@@ -135,7 +160,9 @@ def not_differentiable(name: str) -> Callable[..., Any]:
         with BelowAutograd():
             return op(*args)
 
-    torch.library.impl(f"fastnn::{name}", "Autograd", raise_if_recorded)
+    for full_name in overloads(name):
+        op = getattr(getattr(torch.ops.fastnn, name), full_name.partition(".")[2] or "default")
+        torch.library.impl(full_name, "Autograd", functools.partial(raise_if_recorded, op))
 
     def call(*args: Any) -> Any:
         return run(name, *args)

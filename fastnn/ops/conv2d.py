@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastnn.ops import max_pool2d
-from fastnn.ops.autograd import Function, differentiable
+from fastnn.ops.autograd import Function, differentiable, register_fake
 from fastnn.ops.relu import relu_backward
 
 Ints = list[int]
@@ -40,7 +40,7 @@ def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.channels_last if torch.channels_last in either else torch.contiguous_format
 
 
-@torch.library.register_fake("fastnn::conv2d")
+@register_fake("conv2d")
 def _conv2d_fake(
     input: Tensor,
     weight: Tensor,
@@ -55,7 +55,7 @@ def _conv2d_fake(
     return input.new_empty([input.shape[0], weight.shape[0], *size]).to(memory_format=_memory_format(input, weight))
 
 
-@torch.library.register_fake("fastnn::conv2d_relu_max_pool2d")
+@register_fake("conv2d_relu_max_pool2d")
 def _conv2d_relu_max_pool2d_fake(
     input: Tensor,
     weight: Tensor,
@@ -73,7 +73,7 @@ def _conv2d_relu_max_pool2d_fake(
     return output, torch.empty_like(output, dtype=torch.uint8)
 
 
-@torch.library.register_fake("fastnn::conv2d_backward")
+@register_fake("conv2d_backward")
 def _conv2d_backward_fake(
     grad_output: Tensor,
     input: Tensor,

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fastnn.dispatch import forced, run
-from fastnn.ops.autograd import Function, differentiable
+from fastnn.ops.autograd import Function, differentiable, register_fake
 
 
 def _class_dim(input: Tensor) -> int:
     return 0 if input.dim() == 1 else 1
 
 
-@torch.library.register_fake("fastnn::cross_entropy")
+@register_fake("cross_entropy")
 def _fake(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def _fake(
     )
 
 
-@torch.library.register_fake("fastnn::cross_entropy_backward")
+@register_fake("cross_entropy_backward")
 def _fake_backward(grad_output: Tensor, input: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(input)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnn.ops.autograd import Function, differentiable
+from fastnn.ops.autograd import Function, differentiable, register_fake
 
 Ints = list[int]
 
@@ -51,7 +51,7 @@ def gather(input: Tensor, code: Tensor, *geometry: Ints) -> Tensor:
     return input.reshape(*input.shape[:2], input.shape[2] * input.shape[3]).gather(2, index).view(code.shape) * some
 
 
-@torch.library.register_fake("fastnn::max_pool2d")
+@register_fake("max_pool2d")
 def _max_pool2d_fake(
     self: Tensor, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool
 ) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def _max_pool2d_fake(
     return output, torch.empty_like(output, dtype=torch.uint8)
 
 
-@torch.library.register_fake("fastnn::max_pool2d_backward")
+@register_fake("max_pool2d_backward")
 def _max_pool2d_backward_fake(grad_output: Tensor, code: Tensor, input_size: Ints, *geometry: Ints) -> Tensor:
     memory_format = torch._prims_common.suggest_memory_format(code)
     return grad_output.new_empty([*code.shape[:2], *input_size]).to(memory_format=memory_format)

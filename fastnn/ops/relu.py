@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fastnn.dispatch import forced
-from fastnn.ops.autograd import Function, differentiable, needs_grad, not_differentiable
+from fastnn.ops.autograd import Function, differentiable, needs_grad, not_differentiable, register_fake
 
-torch.library.register_fake("fastnn::relu", torch.empty_like)
-torch.library.register_fake("fastnn::relu_", lambda self: None)
-torch.library.register_fake("fastnn::relu_backward", lambda grad_output, result: torch.empty_like(result))
+register_fake("relu")(torch.empty_like)
+register_fake("relu_")(lambda self: None)
+register_fake("relu_backward")(lambda grad_output, result: torch.empty_like(result))
 
 
 class ReLUBackward(Function):

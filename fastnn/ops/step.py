@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from fastnn.ops.autograd import not_differentiable
+from fastnn.ops.autograd import not_differentiable, register_fake
 
 
 def register_step(name: str) -> None:
@@ -19,5 +18,5 @@ def register_step(name: str) -> None:
         if params and not is_fake(params[0]):
             raise NotImplementedError(f"fastnn::{name}: meta tensors have no kernel")
 
-    torch.library.register_fake(f"fastnn::{name}", fake)
+    register_fake(name)(fake)
     not_differentiable(name)

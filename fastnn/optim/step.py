@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastnn.dispatch import _C, LIBRARIES, choice, log_once, profiler_enabled, run_dispatched, use_kernels
+from fastnn.dispatch import _C, LIBRARIES, choice, log_once, overload, profiler_enabled, run_dispatched, use_kernels
 
 
 class Numbers(NamedTuple):
@@ -154,7 +154,8 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
     changed then."""
     if torch.compiler.is_compiling():
         with torch.no_grad():
-            getattr(torch.ops.fastnn, f"{op}_")(*lists, *options, *numbers.on_device)
+            operators, name = getattr(torch.ops.fastnn, f"{op}_"), overload(f"{op}_", cast(Tensor, lists[0][0]))
+            getattr(operators, name)(*lists, *options, *numbers.on_device)
         return True
     params = cast(list[Tensor], lists[0])
     if hasattr(params[0], "to_local"):

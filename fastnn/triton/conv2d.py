@@ -272,12 +272,12 @@ def pool_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
     n, c, y, x = _position(i, channels, out_height, out_width)
-    corner = source_ptr + n * source_n + c * source_c + y * stride_h * source_h + x * stride_w * source_w
+    plane = source_ptr + n * source_n + c * source_c
     top = tl.full((BLOCK,), float("-inf"), ACC)
     code = tl.zeros((BLOCK,), tl.int32)
     for element in range(kernel_h * kernel_w):
-        offset = element // kernel_w * source_h + element % kernel_w * source_w
-        value = tl.load(corner + offset, mask=mask, other=0.0).to(ACC)
+        row, col = y * stride_h + element // kernel_w, x * stride_w + element % kernel_w
+        value = tl.load(plane + row * source_h + col * source_w, mask=mask, other=0.0).to(ACC)
         wins = (value > top) | (value != value)
         top = tl.where(wins, value, top)
         code = tl.where(wins, element, code)
@@ -582,7 +582,7 @@ def _grad_weight(grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry
         **constants,
     )
     taps_first = partial.sum(0).view(results, *kernel, channels)
-    return taps_first.permute(0, 3, 1, 2).to(weight.dtype).contiguous()
+    return weight.new_empty(weight.shape).copy_(taps_first.permute(0, 3, 1, 2))
 
 
 def conv2d_backward(
