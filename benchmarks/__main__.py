@@ -45,7 +45,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="threads of both sides (default: PyTorch's)")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rows, fewer rounds: two minutes")
     parser.add_argument("--compile", action="store_true", help="torch.compile as a baseline of every row, not only of "
-                        "train and conv+relu+pool (tens of seconds a row; on a GPU it tunes, minutes)")  # fmt: skip
+                        "train, conv+relu+pool and, on a GPU, relu and cross_entropy (tens of seconds a row; a GPU's "
+                        "are tuned too, minutes)")  # fmt: skip
     parser.add_argument("--winograd", choices=["off", "default", "fast"], default="default",
                         help="fastnn.backends.cpu.winograd, of every row")  # fmt: skip
     parser.add_argument("--thp", action="store_true", help=f"measure everything again under {THP}=1 and show both")

@@ -60,7 +60,7 @@ def in_float64(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def functions(settings: Settings) -> dict[str, Callable[..., Tensor]]:
     """What is measured, by name."""
     result = {"eager": native.cross_entropy, **ours_of("cross_entropy", functional("cross_entropy"), settings)}
-    if settings.compile_all:
+    if settings.compile_all or settings.device.type == "cuda":
         result["compiled"] = compiled(native.cross_entropy, settings)
     return result
 

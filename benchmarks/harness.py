@@ -166,11 +166,11 @@ def ours_of(op: str, function: Callable[..., Any], settings: Settings) -> dict[s
 
 def compiled(function: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
     """``torch.compile`` for the shapes at hand. Backward runs many times over one graph here, which a compiled function
-    only allows where it does not reuse the buffers of its forward. On a GPU ``--compile`` tunes too, which takes many
-    times longer; CUDA graphs are `with_graphs`."""
+    only allows where it does not reuse the buffers of its forward. On a GPU it tunes, as native at its best does; CUDA
+    graphs are `with_graphs`."""
     torch._functorch.config.donated_buffer = False
     torch._dynamo.reset()
-    mode = "max-autotune-no-cudagraphs" if settings.device.type == "cuda" and settings.compile_all else None
+    mode = "max-autotune-no-cudagraphs" if settings.device.type == "cuda" else None
     return torch.compile(function, dynamic=False, mode=mode)
 
 

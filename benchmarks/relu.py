@@ -47,7 +47,7 @@ def layers(settings: Settings) -> list[Layer]:
 def functions(settings: Settings) -> dict[str, Callable[..., Tensor]]:
     """What is measured, by name."""
     result = {"eager": native.relu, **ours_of("relu", functional("relu"), settings)}
-    if settings.compile_all:
+    if settings.compile_all or settings.device.type == "cuda":
         result["compiled"] = compiled(native.relu, settings)
     return result
 

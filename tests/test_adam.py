@@ -52,12 +52,25 @@ def test_steps_of_each_parameter(backend):
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=torch.float64), torch.tensor([0.1], dtype=torch.float64)])
 def test_tensor_lr_and_betas(backend, lr):
-    betas = (torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.99, dtype=torch.float64))
+    betas = tuple(torch.tensor(beta, dtype=torch.float64, device="cpu") for beta in (0.9, 0.99))
     pair = Pair("AdamW", values_of([(7,)]), lr=lr, betas=betas, native_kwargs={"fused": True})
     for seed in range(3):
         pair.set_grads(values_of([(7,)], seed=seed))
         pair.step()
         pair.assert_equal()
+
+
+@pytest.mark.expects_native
+def test_betas_on_a_device_are_not_read_from_there(backend, monkeypatch):
+    """The host would wait, which a step that is being captured must not: torch's own reads them where they are."""
+    betas = torch.tensor(0.9, device="meta"), torch.tensor(0.99, device="meta")  # which cannot be read
+    pair = Pair("Adam", values_of([(7,)]), lr=0.1)
+    pair.set_grads(values_of([(7,)], seed=1))
+    pair.ours.param_groups[0]["betas"] = betas
+    native_steps = []
+    monkeypatch.setattr(fastnn.optim.Adam, "_native_step", lambda self, group: native_steps.append(group["betas"]))
+    pair.ours.step()
+    assert native_steps == [betas]
 
 
 def test_adamw_is_an_adam():

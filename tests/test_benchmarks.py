@@ -232,15 +232,20 @@ def test_every_variant_of_a_suite_is_right(name):
 
 def test_a_gpu_has_a_row_for_every_backend_and_native_at_its_best(monkeypatch):
     """What is listed; that it runs, a GPU has to show."""
-    gpu = Settings(torch.device("cuda"), compile_all=True)
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, mode: modes.append(mode) or function)
+    gpu = Settings(torch.device("cuda"))
     off = {"cuda": "not built"}
     monkeypatch.setattr(harness.dispatch, "why_off", lambda backend, op, device: off.get(backend))
     assert set(relu.functions(gpu)) == {"eager", "compiled", "fastnn triton"}
     off.clear()
-    names = set(conv2d.calls(conv2d.LAYERS[0], gpu))
     who = ("eager", "compiled", "fastnn cuda", "fastnn triton")
-    assert names == {f"{name} {layout}" for name in who for layout in conv2d.LAYOUTS}
     assert set(cross_entropy.functions(gpu)) == set(who)
+    pooled = next(layer for layer in conv2d.layers(gpu) if layer.fusion == "relu+pool")
+    for layer, settings in ((pooled, gpu), (conv2d.LAYERS[0], replace(gpu, compile_all=True))):
+        names = set(conv2d.calls(layer, settings))
+        assert names == {f"{name} {layout}" for name in who for layout in conv2d.LAYOUTS}
+    assert set(modes) == {"max-autotune-no-cudagraphs"}
     variants = [Variant(name, list, ours=name.startswith("fastnn")) for name in who]
     graphs = [(f"graph of {name}", name != "eager", True) for name in who if name != "compiled"]
     for pass_name, more in (("forward", graphs), ("forward+backward", graphs), ("backward", [])):

@@ -80,6 +80,7 @@ FAULTS = {
     "no other barriers": "race in shared memory",
     "no warp barrier": "race in shared memory",
     "warp barrier between warps": "race in shared memory",
+    "struct as argument": "race in shared memory|uninitialised",
     "barrier in branch": "divergent barrier.*has returned",
     "barriers in both branches": "divergent barrier.*waits at.*others at",
     "shuffle in branch": "divergent warp operation",

@@ -19,9 +19,9 @@ class Adam(FusedStep, torch.optim.Adam):
     float32 and rounded once). ``foreach`` and ``fused`` choose nothing, except that ``fused=True`` makes
     :class:`torch.amp.GradScaler` leave the unscaling to the step, as in torch. Of a DTensor each process steps its own
     shard. Groups with other parameters or gradients (complex, sparse, on another device, of another tensor subclass),
-    ``differentiable`` ones and, on the CPU, ``capturable`` ones are updated by torch. A compiled step follows ``lr``;
-    each new value of another option compiles it anew, as it mostly does torch's: give ``OneCycleLR`` and ``CyclicLR``
-    ``cycle_momentum=False`` there.
+    those whose betas lie in a device's memory, ``differentiable`` ones and, on the CPU, ``capturable`` ones are updated
+    by torch. A compiled step follows ``lr``; each new value of another option compiles it anew, as it mostly does
+    torch's: give ``OneCycleLR`` and ``CyclicLR`` ``cycle_momentum=False`` there.
 
     Raises:
         ValueError, TypeError, RuntimeError: what :class:`torch.optim.Adam` raises.
@@ -34,6 +34,9 @@ class Adam(FusedStep, torch.optim.Adam):
         lr, (beta1, beta2) = group["lr"], group["betas"]
         if group["foreach"] and any(isinstance(x, Tensor) for x in (lr, beta1, beta2)):
             log_once("adam", "of foreach=True with a tensor for lr or betas")  # which torch may refuse
+            return False
+        if any(isinstance(beta, Tensor) and not beta.is_cpu for beta in (beta1, beta2)):
+            log_once("adam", "of betas in a device's memory")  # the kernels take them from the host, which would wait
             return False
         if torch.compiler.is_compiling():  # the compiler knows where these come from
             lists: list[list[Tensor]] = [[], [], [], [], [], []]

@@ -19,7 +19,8 @@
 #include <functional>
 
 #define __global__
-#define __device__
+// Inlined before the compiler looks for accesses to report: it leaves out those that are an argument of a call.
+#define __device__ __attribute__((always_inline))
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)

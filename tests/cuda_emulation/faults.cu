@@ -47,6 +47,21 @@ __global__ void exchange(float* data) {
   data[threadIdx.x] = values[threadIdx.x ^ kDistance];
 }
 
+// A struct that goes from memory straight into a function's argument.
+struct Four {
+  float values[4];
+};
+__device__ Four sum_of_warp(Four four) {
+  for (float& value : four.values)
+    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+  return four;
+}
+__global__ void struct_as_argument(float* data) {
+  __shared__ Four fours[kThreads];
+  fours[threadIdx.x] = {data[threadIdx.x]};
+  data[threadIdx.x] = sum_of_warp(fours[threadIdx.x ^ 32]).values[0];
+}
+
 __global__ void barrier_in_branch(float* data) {
   if (threadIdx.x < 32) __syncthreads();
   data[threadIdx.x] = 0;
@@ -219,6 +234,7 @@ const Case kCases[] = {
     {"no other barriers", sum<true, false>},
     {"no warp barrier", exchange<1, false>},
     {"warp barrier between warps", exchange<32, true>},
+    {"struct as argument", struct_as_argument},
     {"barrier in branch", barrier_in_branch},
     {"barriers in both branches", barriers_in_both_branches},
     {"shuffle in branch", shuffle_in_branch},

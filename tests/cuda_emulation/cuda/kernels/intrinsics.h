@@ -13,7 +13,7 @@ namespace fastnn::cuda {
   } while (false)
 
 template <class T>
-Accumulator<T> widen(T value) {
+__device__ Accumulator<T> widen(T value) {
   return to_accumulator(value);
 }
 template <class T>
