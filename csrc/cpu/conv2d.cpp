@@ -20,7 +20,9 @@ namespace {
 
 // A task's packed planes and its result panel, which share the L2 cache.
 constexpr int64_t kPlanesBytes = 256 << 10, kPanelBytes = 128 << 10;
-constexpr int64_t kPanelResults = 64;
+// Of a long reduction a panel's results share what a tile read into the L1 cache; of a short one they only make blocks
+// of fewer rows, whose halos are packed more often.
+constexpr int64_t kPanelResults = 64, kShortPanelResults = 16;
 constexpr int64_t kDepthBytes = 20 << 10;  // a tile's operands: most of an L1 cache, beside the weights that pass by
 // The weight gradient of many channels has a block's operands of one channel group in the L1 cache. That of few repacks
 // a halo for each block, and the dot products sum lanes once a block and pair: longer blocks, less of both.
@@ -102,7 +104,7 @@ void plan(TapConv& p, int64_t depth, int64_t element, int64_t lanes, int64_t til
   const int64_t most_rows = pool.kernel_h ? (pool.out_h - 1) * pool.stride_h + pool.kernel_h : p.rows;
   p.block_groups = groups_together(p, p.source.stride.c == 1 || p.result.stride.c == 1);
   p.block_results = p.group_results;
-  p.panel = kPanelResults;
+  p.panel = depth * p.most_taps() < kShortDepth ? kShortPanelResults : kPanelResults;
   if (p.group_results < p.panel) p.panel = std::min(p.panel / p.group_results, p.block_groups) * p.group_results;
 
   const int64_t row_positions = p.planes.pitch;

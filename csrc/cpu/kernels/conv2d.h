@@ -39,6 +39,8 @@ struct ConvResult {
 
 constexpr int64_t kMaxPhases = 64;
 
+constexpr int64_t kShortDepth = 64;  // a reduction over fewer operands and taps than these is short
+
 // How planes are laid out and how a task's share is cut; filled in by plan_planes().
 struct Planes {
   int64_t step_h, step_w, origin_h, origin_w;

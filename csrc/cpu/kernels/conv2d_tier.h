@@ -29,7 +29,6 @@ constexpr int kTileResults = 8, kTilePairs = 6, kWideResults = 3, kSharedRows = 
 constexpr int kTileResults = 4, kTilePairs = 3, kWideResults = 1, kSharedRows = 4, kSharedResults = 0;
 #endif
 constexpr int kTileVectors = 3, kWideVectors = 6;  // the latter of up to kWideResults result channels
-constexpr int64_t kShortDepth = 64;
 constexpr int64_t kReadOperands = 64;
 
 // ---- reading a source ----
@@ -409,7 +408,8 @@ FASTNN_INLINE void write_row(void* data, const Strides4& stride, int64_t n, int6
       const A* from = src + c * pitch;
       T* to = dst + c * stride.c;
       int64_t i = 0;
-      for (; i + L <= count; i += L) store(to + i, load(from + i));
+      // The same row of the next channel is a plane away, where no hardware looks ahead.
+      for (; i + L <= count; i += L) __builtin_prefetch(to + stride.c + i, 1), store(to + i, load(from + i));
       if (i < count) store_n(to + i, load_n(from + i, int(count - i)), int(count - i));
     }
   } else if (stride.c == 1) {
