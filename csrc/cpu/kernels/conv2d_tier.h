@@ -85,6 +85,39 @@ void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t channels, int
   }
 }
 
+// `count` pixels that follow on one another, of C channels each: element i * C + j of a row goes to plane j. In C - 1
+// permutations a vector, where a transpose of L pixels would be mostly empty.
+template <class T, int C>
+void read_few(const T* src, const T* relu, int64_t count, Accumulator<T>* dst, int64_t plane) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  Mask<A> picks[C][C];
+#pragma GCC unroll 4
+  for (int j = 0; j < C; ++j)
+#pragma GCC unroll 4
+    for (int k = 1; k < C; ++k)
+#pragma GCC unroll 16
+      for (int lane = 0; lane < L; ++lane) {
+        const int element = lane * C + j;  // in the first k vectors together with the next one
+        picks[j][k][lane] = k == 1 ? element % (2 * L) : element / L == k ? L + element % L : lane;
+      }
+  for (int64_t i = 0; i < count; i += L) {
+    Vec<A> rows[C];
+#pragma GCC unroll 4
+    for (int k = 0; k < C; ++k) {
+      const int64_t at = i * C + k * L;
+      rows[k] = load_masked(src + at, relu ? relu + at : nullptr, int(most(0, least(L, count * C - at))));
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) {
+      Vec<A> picked = rows[0];
+#pragma GCC unroll 4
+      for (int k = 1; k < C; ++k) picked = __builtin_shuffle(picked, rows[k], picks[j][k]);
+      store(dst + j * plane + i, picked);
+    }
+  }
+}
+
 // A row of `channels` channels at once (same overrun), operand d at dst + d * plane: a source whose channels are
 // contiguous. Runs of channels that are few enough for their lines at dst to stay in the L1 cache until they are full.
 template <class T, class P>
@@ -95,6 +128,12 @@ void read_rows(const ConvSource& s, int64_t n, int64_t c0, int64_t channels, int
   const T* relu = static_cast<const T*>(s.relu_output);
   if (relu) relu += offset4(s.relu_stride, n, c0, y, x);
   const int64_t src_step = step * s.stride.w, relu_step = step * s.relu_stride.w, depth = operands<P>(channels);
+  if constexpr (kTermsOf<P> == 1) {
+    const bool adjacent = src_step == channels && (!relu || relu_step == channels);
+    if (adjacent && channels == 2) return read_few<T, 2>(src, relu, count, dst, plane);
+    if (adjacent && channels == 3) return read_few<T, 3>(src, relu, count, dst, plane);
+    if (adjacent && channels == 4) return read_few<T, 4>(src, relu, count, dst, plane);
+  }
   for (int64_t run = 0; run < depth; run += kReadOperands)
     for (int64_t i = 0; i < count; i += L) {
       const int length = int(least(L, count - i));
