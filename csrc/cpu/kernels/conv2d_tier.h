@@ -435,42 +435,50 @@ void pack_weight(const TapConv& p, const void* weight_, const int64_t* strides, 
   }
 }
 
-// One row of results of channels [m, m + channels), channel i at src + i * pitch.
+// `rows` rows from y on of results of channels [m, m + channels): row i of channel c is at src + c * pitch + i * step.
 template <class T>
-FASTNN_INLINE void write_row(void* data, const Strides4& stride, int64_t n, int64_t m, int64_t channels, int64_t y,
-                             const Accumulator<T>* src, int64_t pitch, int64_t count) {
+FASTNN_INLINE void write_rows(void* data, const Strides4& stride, int64_t n, int64_t m, int64_t channels, int64_t y,
+                              int64_t rows, const Accumulator<T>* src, int64_t pitch, int64_t step, int64_t count) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
   T* dst = static_cast<T*>(data) + offset4(stride, n, m, y, 0);
   if (stride.w == 1) {
+    const int64_t whole = count / L * L;
+    const int rest = int(count - whole);
     for (int64_t c = 0; c < channels; ++c) {
       const A* from = src + c * pitch;
       T* to = dst + c * stride.c;
-      int64_t i = 0;
-      // The same row of the next channel is a plane away, where no hardware looks ahead.
-      for (; i + L <= count; i += L) __builtin_prefetch(to + stride.c + i, 1), store(to + i, load(from + i));
-      if (i < count) store_n(to + i, load_n(from + i, int(count - i)), int(count - i));
-    }
-  } else if (stride.c == 1) {
-    for (int64_t i = 0; i < count; i += L) {
-      const int length = int(least(L, count - i));
-      for (int64_t c = 0; c < channels; c += L) {
-        const int width = int(least(L, channels - c));
-        Vec<A> rows[L];
-        // The panel is padded to whole vectors along a row, so reading past `count` is safe.
-        for (int j = 0; j < L; ++j) rows[j] = j < width ? load(src + (c + j) * pitch + i) : Vec<A>{};
-        transpose<A>(rows);
-        for (int j = 0; j < length; ++j) {
-          if (width == L)
-            store(dst + (i + j) * stride.w + c, rows[j]);
-          else
-            store_n(dst + (i + j) * stride.w + c, rows[j], width);
-        }
+      for (int64_t row = 0; row < rows; ++row, from += step, to += stride.h) {
+        // The same row of the next channel is a plane away, where no hardware looks ahead.
+        for (int64_t i = 0; i < whole; i += L)
+          __builtin_prefetch(to + stride.c + i, 1), store(to + i, load(from + i));
+        if (rest > 0) store_n(to + whole, load_n(from + whole, rest), rest);
       }
     }
-  } else {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = 0; i < count; ++i) dst[c * stride.c + i * stride.w] = from_accumulator<T>(src[c * pitch + i]);
+    return;
+  }
+  for (int64_t row = 0; row < rows; ++row, src += step, dst += stride.h) {
+    if (stride.c == 1) {
+      for (int64_t i = 0; i < count; i += L) {
+        const int length = int(least(L, count - i));
+        for (int64_t c = 0; c < channels; c += L) {
+          const int width = int(least(L, channels - c));
+          Vec<A> square[L];
+          // The panel is padded to whole vectors along a row, so reading past `count` is safe.
+          for (int j = 0; j < L; ++j) square[j] = j < width ? load(src + (c + j) * pitch + i) : Vec<A>{};
+          transpose<A>(square);
+          for (int j = 0; j < length; ++j) {
+            if (width == L)
+              store(dst + (i + j) * stride.w + c, square[j]);
+            else
+              store_n(dst + (i + j) * stride.w + c, square[j], width);
+          }
+        }
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t i = 0; i < count; ++i) dst[c * stride.c + i * stride.w] = from_accumulator<T>(src[c * pitch + i]);
+    }
   }
 }
 
@@ -535,20 +543,21 @@ void write_panel(const TapConv& p, const Block& block, int64_t m, int64_t channe
   const PoolShape& pool = p.result.pool;
   const bool pooled = p.result.pool_code != nullptr;
   const int64_t step = pooled ? pool.stride_h : 1, window = pooled ? pool.kernel_h : 1;
+  const int64_t y = block.row / step, rows = (block.rows - window) / step + 1, row_pitch = step * p.planes.pitch;
   // In the result's own order: plane after plane, or row after row where a pixel's channels are neighbours.
-  const int64_t together = p.result.stride.c == 1 ? channels : 1;
+  const bool by_channel = p.result.stride.c == 1;
+  const int64_t together = by_channel ? channels : 1, run = by_channel ? 1 : rows;
   for (int64_t c = 0; c < channels; c += together)
     for (int64_t image = 0; image < block.images; ++image)
-      for (int64_t i = 0; i + window <= block.rows; i += step) {
-        A* row = panel + c * pitch + image * block.pitch_image + i * p.planes.pitch;
-        const int64_t y = (block.row + i) / step;
-        if (pooled)
+      for (int64_t i = 0; i < rows; i += run) {
+        A* const first = panel + c * pitch + image * block.pitch_image + i * row_pitch;
+        for (int64_t j = 0; pooled && j < run; ++j)
           for (int64_t k = 0; k < together; ++k)
-            pool_row(row + k * pitch, p.planes.pitch, pool,
-                     p.result.pool_code + offset4(p.result.code_stride, block.n + image, m + c + k, y, 0),
+            pool_row(first + k * pitch + j * row_pitch, p.planes.pitch, pool,
+                     p.result.pool_code + offset4(p.result.code_stride, block.n + image, m + c + k, y + i + j, 0),
                      p.result.code_stride.w);
-        write_row<T>(p.result.data, p.result.stride, block.n + image, m + c, together, y, row, pitch,
-                     pooled ? pool.out_w : p.cols);
+        write_rows<T>(p.result.data, p.result.stride, block.n + image, m + c, together, y + i, run, first, pitch,
+                      row_pitch, pooled ? pool.out_w : p.cols);
       }
 }
 
