@@ -267,14 +267,36 @@ FASTNN_INLINE void copy_run(const T* from, const T* relu, int64_t count, Element
   }
 }
 
-// `count` neighbouring columns of channels stride_c apart, as [column][channel], zero where ReLU's mask stops them. May
-// write three operands past the last.
+// `count` neighbouring columns of C channels stride_c apart, as [column][channel], zero where ReLU's mask stops them.
+template <class T, int C>
+void join_few(const T* from, int64_t stride_c, const T* relu, int64_t relu_c, int64_t count, Accumulator<T>* to) {
+  using A = Accumulator<T>;
+  constexpr int L = kLanes<A>;
+  for (int64_t x = 0; x < count; x += L, to += L * C) {
+    const int64_t lanes = least(L, count - x);
+    Vec<A> rows[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      rows[c] = load_masked(from + c * stride_c + x, relu ? relu + c * relu_c + x : nullptr, int(lanes));
+    regroup_channels<A, C, true>(rows);
+#pragma GCC unroll 4
+    for (int k = 0; k < C; ++k) store_lanes(to + k * L, rows[k], lanes * C - k * L);
+  }
+}
+
+// The same of any number of channels. May write three operands past the last.
 template <class T>
 void transpose_run(const T* from, int64_t stride_c, const T* relu, int64_t relu_c, int64_t channels, int64_t count,
                    Element<Operand<T>>* to) {
   using P = Operand<T>;
   constexpr int64_t L = kLanes<P>, kTerms = kTermsOf<P>, kFew = 4;
   const int64_t depth = operands<P>(channels);
+  if constexpr (kTerms == 1) {
+    if (channels == 1) return join_few<T, 1>(from, stride_c, relu, relu_c, count, to);
+    if (channels == 2) return join_few<T, 2>(from, stride_c, relu, relu_c, count, to);
+    if (channels == 3) return join_few<T, 3>(from, stride_c, relu, relu_c, count, to);
+    if (channels == 4) return join_few<T, 4>(from, stride_c, relu, relu_c, count, to);
+  }
   for (int64_t x = 0; x < count; x += L, to += L * channels) {
     const int lanes = int(least(L, count - x));
     // From the last one down: what is written past a column is overwritten by the next one's first channels.
@@ -285,7 +307,7 @@ void transpose_run(const T* from, int64_t stride_c, const T* relu, int64_t relu_
         square[i] = load_operands<T, P>(from + c * stride_c + x, stride_c, relu ? relu + c * relu_c + x : nullptr,
                                         relu_c, channels - c, lanes);
       }
-      if constexpr (L > kFew)
+      if constexpr (kTerms > 1)
         if (depth <= kFew) {
           P quads[kFew * L];  // of columns j % 4, as far as j / 4
           swap_blocks<P, 2, kFew>(square);

@@ -85,22 +85,11 @@ void read_plane(const ConvSource& s, int64_t n, int64_t c, int64_t channels, int
   }
 }
 
-// `count` pixels that follow on one another, of C channels each: element i * C + j of a row goes to plane j. In C - 1
-// permutations a vector, where a transpose of L pixels would be mostly empty.
+// `count` pixels of C channels each that follow on one another, channel c to dst + c * plane (same overrun).
 template <class T, int C>
 void read_few(const T* src, const T* relu, int64_t count, Accumulator<T>* dst, int64_t plane) {
   using A = Accumulator<T>;
   constexpr int L = kLanes<A>;
-  Mask<A> picks[C][C];
-#pragma GCC unroll 4
-  for (int j = 0; j < C; ++j)
-#pragma GCC unroll 4
-    for (int k = 1; k < C; ++k)
-#pragma GCC unroll 16
-      for (int lane = 0; lane < L; ++lane) {
-        const int element = lane * C + j;  // in the first k vectors together with the next one
-        picks[j][k][lane] = k == 1 ? element % (2 * L) : element / L == k ? L + element % L : lane;
-      }
   for (int64_t i = 0; i < count; i += L) {
     Vec<A> rows[C];
 #pragma GCC unroll 4
@@ -108,13 +97,9 @@ void read_few(const T* src, const T* relu, int64_t count, Accumulator<T>* dst, i
       const int64_t at = i * C + k * L;
       rows[k] = load_masked(src + at, relu ? relu + at : nullptr, int(most(0, least(L, count * C - at))));
     }
+    regroup_channels<A, C, false>(rows);
 #pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) {
-      Vec<A> picked = rows[0];
-#pragma GCC unroll 4
-      for (int k = 1; k < C; ++k) picked = __builtin_shuffle(picked, rows[k], picks[j][k]);
-      store(dst + j * plane + i, picked);
-    }
+    for (int c = 0; c < C; ++c) store(dst + c * plane + i, rows[c]);
   }
 }
 
@@ -450,8 +435,7 @@ FASTNN_INLINE void write_rows(void* data, const Strides4& stride, int64_t n, int
       T* to = dst + c * stride.c;
       for (int64_t row = 0; row < rows; ++row, from += step, to += stride.h) {
         // The same row of the next channel is a plane away, where no hardware looks ahead.
-        for (int64_t i = 0; i < whole; i += L)
-          __builtin_prefetch(to + stride.c + i, 1), store(to + i, load(from + i));
+        for (int64_t i = 0; i < whole; i += L) __builtin_prefetch(to + stride.c + i, 1), store(to + i, load(from + i));
         if (rest > 0) store_n(to + whole, load_n(from + whole, rest), rest);
       }
     }

@@ -430,6 +430,30 @@ FASTNN_INLINE void transpose(Vec<A>* rows) {
   swap_blocks<A, 1>(rows);
 }
 
+// C vectors of pixels, C channels side by side, to a vector a channel, in place; join: and back. In C - 1 permutations
+// a vector, where a transpose of squares would be mostly empty.
+template <class A, int C, bool join>
+FASTNN_INLINE void regroup_channels(Vec<A>* rows) {
+  constexpr int L = kLanes<A>;
+  Vec<A> results[C];
+#pragma GCC unroll 4
+  for (int r = 0; r < C; ++r) {
+    results[r] = rows[0];
+#pragma GCC unroll 4
+    for (int k = 1; k < C; ++k) {  // what the first k + 1 vectors have is in place then
+      Mask<A> pick;
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        const int at = join ? r * L + i : i * C + r, row = join ? at % C : at / L, lane = join ? at / C : at % L;
+        pick[i] = row == k ? L + lane : k == 1 ? lane : i;
+      }
+      results[r] = __builtin_shuffle(results[r], rows[k], pick);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < C; ++r) rows[r] = results[r];
+}
+
 // `cols` pixels of a row as vectors of `lanes` channels. What lies `ahead` is prefetched: a run reads less of a row
 // than a hardware prefetcher needs to see.
 template <class T>
