@@ -279,14 +279,15 @@ def kernel(operator: str, args: tuple[Any, ...]) -> Callable[..., Any]:
         return _operators[operator]
     if not _dispatch_modes() and not profiler_enabled():
         return triton.function(operator)
-    return cast(Callable[..., Any], getattr(getattr(torch.ops.fastnn, operator), overload(operator, first)))
+    return overload(operator, first)
 
 
-def overload(operator: str, tensor: Tensor) -> str:
+def overload(operator: str, tensor: Tensor) -> Callable[..., Any]:
     """The overload of ``torch.ops.fastnn.<operator>`` that is this call to what sees operators (the compiler, a mode, a
     profiler): ``triton`` where that is chosen and ``default`` is compiled kernels."""
     chosen = choice(operator, tensor.device, tensor.dtype)[0]
-    return "triton" if chosen == "triton" and tensor.device.type not in TRITON_REGISTERED else "default"
+    name = "triton" if chosen == "triton" and tensor.device.type not in TRITON_REGISTERED else "default"
+    return cast(Callable[..., Any], getattr(getattr(torch.ops.fastnn, operator), name))
 
 
 def overloads(operator: str) -> list[str]:

@@ -119,7 +119,6 @@ def differentiable(
     is the same by torch's operators, which have batching rules and forward-mode derivatives: a graph that was recorded
     outside of a transform may be walked inside of one.
     """
-    op = getattr(torch.ops.fastnn, name)
 
     def save_of_triton(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.backend = "triton"
@@ -127,13 +126,14 @@ def differentiable(
 
     for full_name, save in zip(overloads(name), (function.save, save_of_triton), strict=False):
         torch.library.register_autograd(full_name, function.backward, setup_context=save, lib=_library)
-    tensors = sum("Tensor" in str(argument.type) for argument in op.default._schema.arguments)
+    schema = getattr(torch.ops.fastnn, name).default._schema
+    tensors = sum("Tensor" in str(argument.type) for argument in schema.arguments)
     # Function.apply itself first binds the arguments by inspect.signature, ten times the cost of all the rest.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def call(*args: Any) -> Any:
         if is_compiling():
-            return getattr(op, overload(name, args[0]))(*args)
+            return overload(name, args[0])(*args)
         if in_torch is not None and (are_transforms_active() or forward_ad._current_level >= 0):
             return in_torch(*args)
         if torch.is_grad_enabled():

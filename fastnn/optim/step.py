@@ -154,8 +154,7 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
     changed then."""
     if torch.compiler.is_compiling():
         with torch.no_grad():
-            operators, name = getattr(torch.ops.fastnn, f"{op}_"), overload(f"{op}_", cast(Tensor, lists[0][0]))
-            getattr(operators, name)(*lists, *options, *numbers.on_device)
+            overload(f"{op}_", cast(Tensor, lists[0][0]))(*lists, *options, *numbers.on_device)
         return True
     params = cast(list[Tensor], lists[0])
     if hasattr(params[0], "to_local"):
