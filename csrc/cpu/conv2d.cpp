@@ -578,13 +578,14 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
   const int64_t width = by_channel ? panel : kernels.rows, tile = by_channel ? kernels.rows : panel;
   const int64_t blocks = ceil_div(p.group_results, width), threads = torch::stable::get_num_threads();
   // Pixels of a block: a window's rows above and below it are not counted.
-  const int64_t pixel = s.step_h * s.step_w * p.group_channels * element;
+  const int64_t pixel = s.step_h * s.step_w * p.group_channels * element / conv_kernels().terms[dtype];
   const int64_t bytes = p.result.stride.c == 1 ? pixel : std::max(pixel, panel * element);
   const int64_t fit = std::max(tile, kPointBytes / bytes / tile * tile);
   w.block_cols = std::min(fit, p.cols);
   w.block_rows = p.num_taps == 1 ? 1 : std::max<int64_t>(1, fit / p.cols);
   while (w.block_rows > w.window_h && p.batch * ceil_div(p.rows, w.block_rows) < 4 * threads)
     w.block_rows = ceil_div(w.block_rows, 2);
+  w.block_rows = ceil_div(p.rows, ceil_div(p.rows, w.block_rows));  // cut evenly
   p.image_blocks = p.batch, p.row_blocks = ceil_div(p.rows, w.block_rows);
   p.channel_blocks = std::min(blocks, ceil_div(2 * threads, p.batch * p.row_blocks));
   const int64_t rows = (w.block_rows - 1) * s.step_h + w.window_h, cols = (w.block_cols - 1) * s.step_w + w.window_w;
@@ -595,7 +596,7 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
                  (w.block_rows * ceil_div(w.block_cols, tile) * tile + panel / 2) * panel) *
                 element;
   else
-    w.scratch = (p.group_channels + blocks * width) * panel * element;
+    w.scratch = p.group_channels * panel * element;
   const int64_t depth = p.group_channels * p.num_taps;
   const Scratch<char> packed(blocks * width * depth * element);
   torch::stable::parallel_for(0, blocks, ceil_div(4096, width * depth), [&](int64_t begin, int64_t end) {

@@ -20,8 +20,9 @@ constexpr int kRows = 12;
 #else
 constexpr int kRows = 6;
 #endif
-constexpr int64_t kPassBytes = 16 << 10;  // of a panel, in the L1 cache for all the tiles that use it
-constexpr int kL2 = 2;                    // what is fetched goes there, not to the L1 cache
+constexpr int64_t kRunAhead = 1024;  // bytes from what is copied to what is fetched: of a run, longer than a prefetcher
+constexpr int64_t kRowAhead = 128;   // sees, and of a channel's row, of which each is on pages of its own
+constexpr int kL2 = 2;               // what is fetched goes there, not to the L1 cache
 
 // What operands are read from: a type of which kTermsOf<P> neighbours are one.
 template <class P>
@@ -54,9 +55,7 @@ struct RowTile {
   int64_t result_pitch;
   int lanes;  // of the two vectors
   bool relu;
-  bool first, last;  // of the passes that make the sums, which are in `partial` between two of them, and where there
-                     // is no `result`, in the end
-  A* partial;
+  A* sums;             // where there is no `result`
   const char* ahead;   // what is fetched ...
   int64_t ahead_step;  // ... and how many bytes of it each step
 };
@@ -101,10 +100,9 @@ void multiply_rows(const RowTile<T>& b) {
 #pragma GCC unroll 2
   for (int v = 0; v < NV; ++v) {
     const int lanes = int(least(L, b.lanes - v * L));
-    const Vec<A> start = by_channel && b.first && b.bias ? load_n(b.bias + v * L, lanes) : Vec<A>{};
+    const Vec<A> start = by_channel && b.bias ? load_n(b.bias + v * L, lanes) : Vec<A>{};
 #pragma GCC unroll 12
-    for (int n = 0; n < NR; ++n)
-      sum[n][v] = !b.first ? load(b.partial + (n * kWidth + v) * L) : !by_channel && b.bias ? splat(b.bias[n]) : start;
+    for (int n = 0; n < NR; ++n) sum[n][v] = !by_channel && b.bias ? splat(b.bias[n]) : start;
   }
   const P* panel = b.panel;
   const int64_t pitch = by_channel ? b.row_pitch : kTerms;
@@ -131,14 +129,13 @@ void multiply_rows(const RowTile<T>& b) {
         panel += 2 * L;
       }
   }
-  const bool relu = b.relu && b.last, partial = !(b.last && b.result);
 #pragma GCC unroll 12
   for (int n = 0; n < NR; ++n)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      const Vec<A> value = relu ? (sum[n][v] < Vec<A>{} ? Vec<A>{} : sum[n][v]) : sum[n][v];
-      if (partial)
-        store(b.partial + (n * kWidth + v) * L, value);
+      const Vec<A> value = b.relu ? (sum[n][v] < Vec<A>{} ? Vec<A>{} : sum[n][v]) : sum[n][v];
+      if (by_channel && !b.result)
+        store(b.sums + (n * kWidth + v) * L, value);
       else
         store_lanes(b.result + n * b.result_pitch + v * L, value, b.lanes - v * L);
     }
@@ -262,6 +259,7 @@ FASTNN_INLINE void copy_run(const T* from, const T* relu, int64_t count, Element
   constexpr int64_t kElements = kLanes<P> * kTermsOf<P>;
   for (int64_t i = 0; i < count; i += kElements) {
     const int64_t elements = least(kElements, count - i);
+    __builtin_prefetch(from + i + kRunAhead / int64_t(sizeof(T)));
     const Vec<P> value = load_neighbours<T, P>(from + i, relu ? relu + i : nullptr, int(elements));
     store_lanes(reinterpret_cast<P*>(to + i), value, operands<P>(elements));
   }
@@ -304,6 +302,8 @@ void transpose_run(const T* from, int64_t stride_c, const T* relu, int64_t relu_
       Vec<P> square[L] = {};
       for (int64_t i = 0; i < least(L, depth - d); ++i) {
         const int64_t c = (d + i) * kTerms;
+        for (int64_t term = 0; term < kTerms; ++term)
+          __builtin_prefetch(from + (c + term) * stride_c + x + kRowAhead / int64_t(sizeof(T)));
         square[i] = load_operands<T, P>(from + c * stride_c + x, stride_c, relu ? relu + c * relu_c + x : nullptr,
                                         relu_c, channels - c, lanes);
       }
@@ -360,16 +360,13 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
   const TapConv& p = w.conv;
   const int64_t channels = p.group_channels, depth = w.window_h * operands<P>(w.window_w * channels);
   const Planes& s = p.planes;
-  const bool direct = p.result.stride.c == 1;  // or through `partial`, to be transposed
+  const bool direct = p.result.stride.c == 1;  // or through `sums`, to be transposed
   const bool in_place = !w.padded && p.source.stride.c == 1 && sizeof(E) == sizeof(T) && !p.source.relu_output &&
                         w.window_w * channels % kTermsOf<P> == 0 && (w.window_w == 1 || p.source.stride.w == channels);
-  A* const partial = static_cast<A*>(scratch);
-  E* const copied = reinterpret_cast<E*>(partial + w.block_rows * ceil_div(w.block_cols, kRows) * kRows * kWidth);
+  A* const sums = static_cast<A*>(scratch);
+  E* const copied = reinterpret_cast<E*>(sums + w.block_rows * ceil_div(w.block_cols, kRows) * kRows * kWidth);
   RowTile<T> b;
-  b.result_pitch = p.result.stride.w, b.relu = p.relu;
-  // A pass takes as many runs, or as much of one, as its part of the weights stays in the L1 cache for all the tiles.
-  const int64_t terms = w.window_w * channels, pass_terms = kPassBytes / (kWidth * int64_t(sizeof(P))) * kTermsOf<P>;
-  const int64_t pass_runs = most(1, pass_terms / terms);
+  b.result_pitch = p.result.stride.w, b.relu = p.relu, b.terms = w.window_w * channels;
   b.row_pitch = s.step_w * (in_place ? p.source.stride.w : channels);
   for (int64_t index = begin; index < end; ++index) {
     const PointTask task(w, ceil_div(p.group_results, kWidth), index);
@@ -378,7 +375,7 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
       const int64_t count = least(w.block_cols, p.cols - x), cols = (count - 1) * s.step_w + w.window_w;
       const int64_t source_x = x * s.step_w - s.origin_w;
       // Cut evenly: a tile of few rows has too few sums to hide an FMA's latency.
-      const int64_t tile = ceil_div(count, ceil_div(count, kRows));
+      const int64_t tiles = ceil_div(count, kRows), tile = ceil_div(count, tiles);
       T* const result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n +
                         task.first_row * p.result.stride.h + x * p.result.stride.w;
       b.run_pitch = in_place ? p.source.stride.h : cols * channels;
@@ -390,45 +387,30 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
         copy_pixels<T>(p, task.n, y, (rows - 1) * s.step_h + w.window_h, source_x, cols, copied);
       for (int64_t panel = task.first; panel < task.last; ++panel) {
         const int64_t m = panel * kWidth;
-        const P* weight = static_cast<const P*>(p.weight) + m * depth;
+        const P* const weight = static_cast<const P*>(p.weight) + m * depth;
         b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
         b.lanes = int(least(kWidth, p.group_results - m));
-        for (int64_t run = 0; run < w.window_h; run += pass_runs)
-          for (int64_t term = 0; term < terms; term += pass_terms) {
-            b.terms = least(pass_terms, terms - term);
-            b.partial = partial;
-            const int64_t runs = least(pass_runs, w.window_h - run), pass = runs * operands<P>(b.terms);
-            const int64_t run_operands = operands<P>(terms), term_operand = term / kTermsOf<P>;
-            // In as many steps as this pass takes, the next one's part of the weights is fetched; while pixels are read
-            // where they lie for the first time, the next tile's.
-            const bool fetch_pixels = in_place && panel == task.first;
-            const char* const next =
-                reinterpret_cast<const char*>(weight + (run * run_operands + term_operand + pass) * kWidth);
-            b.ahead_step =
-                fetch_pixels ? kRows * int64_t(sizeof(P)) : ceil_div(kWidth * sizeof(P), rows * ceil_div(count, tile));
-            for (int64_t row = 0; row < rows; ++row) {
-              // Runs in the padding above and below add nothing.
-              const int64_t source_y = y + row * s.step_h;
-              int64_t top = most(0, -source_y), bottom = least(w.window_h, p.source.height - source_y);
-              if (top >= bottom) top = 0, bottom = w.window_h;
-              const int64_t first_run = most(run, top), last_run = least(run + runs, bottom);
-              b.runs = last_run - first_run;
-              b.first = first_run == top && term == 0, b.last = last_run == bottom && term + b.terms == terms;
-              b.panel = weight + (first_run * run_operands + term_operand) * kWidth;
-              for (int64_t i = 0; i < count; i += tile, b.partial += tile * kWidth) {
-                if (b.runs <= 0) continue;
-                b.rows = pixels + (row * s.step_h + first_run) * b.run_pitch + i * b.row_pitch + term;
-                b.result = direct ? result + row * p.result.stride.h + i * b.result_pitch + m : nullptr;
-                b.ahead = fetch_pixels ? reinterpret_cast<const char*>(b.rows + tile * b.row_pitch)
-                                       : next + (row * count + i) / tile * pass * b.ahead_step;
-                multiply_rows_of<T, true, kRows>(least(tile, count - i), b);
-              }
-            }
+        // In as many steps as there are, the next panel is fetched; while pixels are read where they lie for the first
+        // time, the next tile's.
+        const bool fetch_pixels = in_place && panel == task.first;
+        const char* next = reinterpret_cast<const char*>(weight + depth * kWidth);
+        b.ahead_step = fetch_pixels ? kRows * int64_t(sizeof(P)) : ceil_div(kWidth * sizeof(P), rows * tiles);
+        b.sums = sums;
+        for (int64_t row = 0; row < rows; ++row) {
+          // Runs in the padding above and below add nothing.
+          const int64_t source_y = y + row * s.step_h, top = least(w.window_h, most(0, -source_y));
+          b.runs = most(0, least(w.window_h, p.source.height - source_y) - top);
+          b.panel = weight + top * operands<P>(b.terms) * kWidth;
+          for (int64_t i = 0; i < count; i += tile, b.sums += tile * kWidth, next += depth * b.ahead_step) {
+            b.rows = pixels + (row * s.step_h + top) * b.run_pitch + i * b.row_pitch;
+            b.result = direct ? result + row * p.result.stride.h + i * b.result_pitch + m : nullptr;
+            b.ahead = fetch_pixels ? reinterpret_cast<const char*>(b.rows + tile * b.row_pitch) : next;
+            multiply_rows_of<T, true, kRows>(least(tile, count - i), b);
           }
+        }
         for (int64_t row = 0; !direct && row < rows; ++row)
           for (int64_t v = 0; v < b.lanes; v += kLanes<A>)
-            write_vectors<T>(partial + row * ceil_div(count, tile) * tile * kWidth + v, kWidth, count,
-                             int(least(kLanes<A>, b.lanes - v)),
+            write_vectors<T>(sums + row * tiles * tile * kWidth + v, kWidth, count, int(least(kLanes<A>, b.lanes - v)),
                              result + (m + v) * p.result.stride.c + row * p.result.stride.h, p.result.stride.c,
                              p.result.stride.w);
       }
@@ -450,11 +432,9 @@ void run_points_by_column(const PointConv& w, void* scratch, int64_t begin, int6
   constexpr int64_t kWidth = 2 * kLanes<A>;
   const TapConv& p = w.conv;
   const int64_t channels = p.group_channels, depth = operands<P>(channels), blocks = ceil_div(p.group_results, kRows);
-  const int64_t pass_terms = least(channels, kPassBytes / (kWidth * int64_t(sizeof(P))) * kTermsOf<P>);
   P* const panel = static_cast<P*>(scratch);
-  A* const partial = reinterpret_cast<A*>(panel + operands<P>(pass_terms) * kWidth);
   RowTile<T> b;
-  b.runs = 1, b.panel = panel, b.result_pitch = p.result.stride.c, b.relu = p.relu;
+  b.runs = 1, b.terms = channels, b.panel = panel, b.result_pitch = p.result.stride.c, b.relu = p.relu;
   b.stride_c = p.source.stride.c, b.relu_stride_c = p.source.relu_stride.c;
   for (int64_t index = begin; index < end; ++index) {
     const PointTask task(w, blocks, index), next_task(w, blocks, index + 1);
@@ -467,20 +447,15 @@ void run_points_by_column(const PointConv& w, void* scratch, int64_t begin, int6
       b.lanes = int(least(kWidth, p.cols - x));
       // To the last element of a vector: its first ones may be on a line that this panel reads.
       b.next_columns = (x + kWidth < p.cols ? kWidth : source_of<T>(w, next_task) - (source + x)) + kLanes<P> - 1;
-      for (int64_t c = 0; c < channels; c += pass_terms) {
-        b.terms = least(pass_terms, channels - c);
-        b.first = c == 0, b.last = c + b.terms == channels;
-        b.columns = source + c * b.stride_c + x;
-        b.relu_columns = relu ? relu + c * b.relu_stride_c + x : nullptr;
-        b.partial = partial;
-        for (int64_t block = task.first; block < task.last; ++block, b.partial += kRows * kWidth) {
-          const int64_t m = block * kRows;
-          b.rows = static_cast<const Element<P>*>(p.weight) + (m * depth * kTermsOf<P> + c * kRows);
-          b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
-          b.packs = block == task.first ? panel : nullptr;
-          b.result = result + m * b.result_pitch + x;
-          multiply_rows_of<T, false, kRows>(least(kRows, p.group_results - m), b);
-        }
+      b.columns = source + x;
+      b.relu_columns = relu ? relu + x : nullptr;
+      for (int64_t block = task.first; block < task.last; ++block) {
+        const int64_t m = block * kRows;
+        b.rows = static_cast<const Element<P>*>(p.weight) + m * depth * kTermsOf<P>;
+        b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
+        b.packs = block == task.first ? panel : nullptr;
+        b.result = result + m * b.result_pitch + x;
+        multiply_rows_of<T, false, kRows>(least(kRows, p.group_results - m), b);
       }
     }
   }

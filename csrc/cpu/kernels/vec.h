@@ -493,12 +493,13 @@ FASTNN_INLINE void read_masked_vectors(const T* p, int64_t stride_c, int64_t str
 }
 
 // `count` pixels, vectors of `lanes` channels that are `pitch` apart, in a result's layout: channels or columns are
-// neighbours. May read pixels past them, up to a vector's lanes.
+// neighbours; of columns, the next line of each channel is prefetched, for a next row. May read pixels past them, up to
+// a vector's lanes.
 template <class T>
 void write_vectors(const Accumulator<T>* pixels, int64_t pitch, int64_t count, int lanes, T* to, int64_t stride_c,
                    int64_t stride_w) {
   using A = Accumulator<T>;
-  constexpr int64_t L = kLanes<A>;
+  constexpr int64_t L = kLanes<A>, kNextLine = 128 / sizeof(T);
   if (stride_c == 1) {
     for (int64_t i = 0; i < count; ++i) store_lanes(to + i * stride_w, load(pixels + i * pitch), lanes);
     return;
@@ -507,7 +508,10 @@ void write_vectors(const Accumulator<T>* pixels, int64_t pitch, int64_t count, i
     Vec<A> square[L];
     for (int64_t j = 0; j < L; ++j) square[j] = load(pixels + (i + j) * pitch);
     transpose<A>(square);
-    for (int j = 0; j < lanes; ++j) store_lanes(to + j * stride_c + i, square[j], count - i);
+    for (int j = 0; j < lanes; ++j) {
+      __builtin_prefetch(to + j * stride_c + i + kNextLine, 1);
+      store_lanes(to + j * stride_c + i, square[j], count - i);
+    }
   }
 }
 
