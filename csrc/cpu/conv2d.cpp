@@ -412,7 +412,7 @@ void run_depthwise(const TapGrad& p, DepthwiseGrad& d, DType dtype) {
 
 // Winograd's convolution wins where there are channels to sum over, and results to share the weight's transform. A
 // block's transformed tiles take half of an L2 cache, but are so many that the weight is not read too often.
-constexpr int64_t kWinogradChannels = 16, kWinogradPairChannels = 64, kWinogradResults = 128;
+constexpr int64_t kWinogradChannels = 16, kWinogradResults = 128;
 constexpr int64_t kWinogradBytes = 256 << 10, kWinogradBlock = 32;
 constexpr int64_t kWinogradOwnTiles = 128, kWinogradOwnBlocks = 2;  // of a problem whose blocks pack their own weights
 constexpr int64_t kWinogradGrain = 16 << 10;  // elements of the weight a thread packs at the least
@@ -470,9 +470,9 @@ bool plan_winograd(const TapConv& p, DType dtype, const void* weight, const std:
       !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
   w = winograd_conv(p, tile_side(p));
   w.conv.weight = weight, std::copy(strides.begin(), strides.end(), w.weight_strides);
-  const bool pairs = conv_kernels().terms[dtype] > 1 && w.side == 2 && !p.result.pool_code;
-  return is_winograd(w, dtype) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1) &&
-         !(pairs && std::min(p.group_channels, p.group_results) < kWinogradPairChannels);
+  // Of products in pairs, a window's sum takes no longer.
+  const bool direct = conv_kernels().terms[dtype] > 1 && w.side == 2 && !p.result.pool_code;
+  return !direct && is_winograd(w, dtype) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1);
 }
 
 // False where a result was not finite: then none may be used.

@@ -1060,6 +1060,7 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
   grad_planes.step_h = grad_planes.step_w = grad_planes.phases = 1;
   grad_planes.origin_h = grad_planes.origin_w = grad_planes.phase_h[0] = grad_planes.phase_w[0] = 0;
   grad_planes.plane = planes.plane / planes.phases;
+  if (channel_lanes || result_lanes) grad_planes.halo_h = 0;  // else the rows below are zeros that positions run over
 
   for (int64_t task = begin; task < end; ++task) {
     const auto [slice, group, groups, m0, count, c0, channels] = p.task(task);
