@@ -26,7 +26,7 @@ constexpr int64_t kPanelResults = 64, kShortPanelResults = 16;
 constexpr int64_t kDepthBytes = 20 << 10;  // a tile's operands: most of an L1 cache, beside the weights that pass by
 // The weight gradient of many channels has a block's operands of one channel group in the L1 cache. That of few repacks
 // a halo for each block, and the dot products sum lanes once a block and pair: longer blocks, less of both.
-constexpr int64_t kFewPositions = 1024, kManyPositions = 256, kGradBytes = 384 << 10;
+constexpr int64_t kFewPositions = 1024, kManyPositions = 512, kManyPositionsOneTap = 256, kGradBytes = 384 << 10;
 // Channels of either side a block takes: a block is packed once for each block of the other side, and that takes more
 // of the time where there is one tap to use it.
 constexpr int64_t kGradChannels = 64, kGradChannelsOneTap = 256;
@@ -155,7 +155,9 @@ void plan(TapGrad& p, int64_t terms, int64_t element, int64_t lanes) {
   const int64_t most_channels = p.num_taps == 1 ? kGradChannelsOneTap : kGradChannels;
   p.block_channels = p.block_groups > 1 ? p.group_channels : std::min(p.group_channels, most_channels);
   p.block_results = p.block_groups > 1 ? p.group_results : std::min(p.group_results, most_channels);
-  const int64_t most_positions = p.form == GradForm::channel_lanes ? kManyPositions : kFewPositions;
+  const int64_t most_positions = p.form != GradForm::channel_lanes ? kFewPositions
+                                 : p.num_taps == 1                 ? kManyPositionsOneTap
+                                                                   : kManyPositions;
   const auto fits = [&](int64_t rows, int64_t images) {
     set_block(p.planes, rows, images, lanes);
     const int64_t grad_plane = p.planes.plane / p.planes.phases;
