@@ -24,8 +24,9 @@ constexpr int64_t kPlanesBytes = 256 << 10, kPanelBytes = 128 << 10;
 // of fewer rows, whose halos are packed more often.
 constexpr int64_t kPanelResults = 64, kShortPanelResults = 16;
 constexpr int64_t kDepthBytes = 20 << 10;  // a tile's operands: most of an L1 cache, beside the weights that pass by
-// The weight gradient of many channels has a block's operands of one channel group in the L1 cache. That of few repacks
-// a halo for each block, and the dot products sum lanes once a block and pair: longer blocks, less of both.
+// Positions of a block of the weight gradient, at the most. A tile's sums are read and written once a block, so a
+// window's blocks are longer; that of few channels repacks a halo for each, and dot products sum lanes once a block and
+// pair.
 constexpr int64_t kFewPositions = 1024, kManyPositions = 512, kManyPositionsOneTap = 256, kGradBytes = 384 << 10;
 // Channels of either side a block takes: a block is packed once for each block of the other side, and that takes more
 // of the time where there is one tap to use it.
