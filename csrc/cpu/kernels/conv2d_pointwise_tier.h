@@ -9,9 +9,9 @@
 // channels_last they are read where they lie, or, with the padding around them, from a copy of the block, as pixels of
 // NCHW are; results of NCHW stay in scratch until a panel is done, and leave transposed.
 // By column (1 x 1 of NCHW, without padding): rows are results, of a weight packed once a call in the order they are
-// read; vectors are pixels. The first tile reads them from their channels and leaves them as a panel in the L1 cache
-// for the others, of all results. Memory: what comes next is fetched while this is computed, as neither order is one
-// the hardware foresees.
+// read; vectors are pixels. The first tile reads them from their channels and leaves them as a panel, in the L1 or L2
+// cache, for the others, of all results. Memory: what comes next is fetched while this is computed: no order is one
+// that the hardware foresees.
 //
 // Operations: 2 * pixels * window * channels * results; bytes: each tensor once, the weight once a block of pixels.
 
