@@ -588,8 +588,9 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
   w.block_rows = p.num_taps == 1 ? 1 : std::max<int64_t>(1, fit / p.cols);
   while (w.block_rows > w.window_h && p.batch * ceil_div(p.rows, w.block_rows) < 4 * threads)
     w.block_rows = ceil_div(w.block_rows, 2);
-  w.block_rows = ceil_div(p.rows, ceil_div(p.rows, w.block_rows));  // cut evenly
-  p.image_blocks = p.batch, p.row_blocks = ceil_div(p.rows, w.block_rows);
+  const Cut cut = cut_rows(p.rows, w.block_rows, PoolShape{});
+  w.block_rows = cut.block;
+  p.image_blocks = p.batch, p.row_blocks = cut.blocks;
   p.channel_blocks = std::min(blocks, ceil_div(2 * threads, p.batch * p.row_blocks));
   const int64_t rows = (w.block_rows - 1) * s.step_h + w.window_h, cols = (w.block_cols - 1) * s.step_w + w.window_w;
   // Behind copied pixels, what their transposes may write past them; sums of a panel, and as many as a vector has
