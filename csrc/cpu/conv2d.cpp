@@ -45,14 +45,14 @@ ConvShape few_phases(const char* op, const ConvShape& s) {
 
 // Blocks of rows: whole pooling windows, and as even as they come.
 struct Cut {
-  int64_t block, blocks;
+  int64_t block, step, blocks;
 };
 Cut cut_rows(int64_t rows, int64_t block, const PoolShape& pool) {
   const int64_t overlap = std::max<int64_t>(0, pool.kernel_h - pool.stride_h), unit = pool.kernel_h ? pool.stride_h : 1;
   const int64_t windows = pool.kernel_h ? pool.out_h : rows;
   const int64_t fit = std::max<int64_t>(1, (block - overlap) / unit);
   const int64_t blocks = ceil_div(windows, fit), each = ceil_div(windows, blocks);
-  return {each * unit + overlap, ceil_div(windows, each)};
+  return {each * unit + overlap, each * unit, ceil_div(windows, each)};
 }
 
 void set_pitch(Planes& p, int64_t source_w, int64_t cols) {
@@ -102,7 +102,6 @@ int64_t groups_together(const Problem& p, bool channels_contiguous) {
 void plan(TapConv& p, int64_t depth, int64_t element, int64_t lanes, int64_t tile_results) {
   const int64_t threads = torch::stable::get_num_threads();
   const PoolShape& pool = p.result.pool;
-  const int64_t most_rows = pool.kernel_h ? (pool.out_h - 1) * pool.stride_h + pool.kernel_h : p.rows;
   p.block_groups = groups_together(p, p.source.stride.c == 1 || p.result.stride.c == 1);
   p.block_results = p.group_results;
   p.panel = depth * p.most_taps() < kShortDepth ? kShortPanelResults : kPanelResults;
@@ -114,16 +113,15 @@ void plan(TapConv& p, int64_t depth, int64_t element, int64_t lanes, int64_t til
     return p.block_groups * depth * p.planes.plane * element <= kPlanesBytes &&
            p.panel * images * (rows + p.planes.halo_h) * row_positions * element <= kPanelBytes;
   };
-  int64_t rows = most_rows;
+  int64_t rows = p.rows;
   while (rows > 1 && !fits(rows, 1)) rows = rows > 16 ? rows * 3 / 4 : rows - 1;
   int64_t images = 1;
-  if (rows == most_rows)
+  if (rows == p.rows)
     while (images < p.batch && images < 64 && fits(rows, images + 1)) ++images;
-  Cut cut = cut_rows(most_rows, rows, pool);
+  Cut cut = cut_rows(p.rows, rows, pool);
   const auto count = [&] { return ceil_div(p.batch, images) * cut.blocks * ceil_div(p.groups, p.block_groups); };
   while (count() < 2 * threads && images > 1) images = ceil_div(images, 2);
-  while (count() < 2 * threads && cut.block > 8 && cut.blocks < most_rows / 4)
-    cut = cut_rows(most_rows, cut.block / 2, pool);
+  while (count() < 2 * threads && cut.block > 8 && cut.blocks < p.rows / 4) cut = cut_rows(p.rows, cut.block / 2, pool);
   images = ceil_div(p.batch, ceil_div(p.batch, images));
   set_block(p.planes, cut.block, images, lanes);
   p.image_blocks = ceil_div(p.batch, images), p.row_blocks = cut.blocks;
@@ -145,7 +143,7 @@ int64_t count_slices(const TapGrad& p, int64_t blocks, int64_t element) {
   return std::min({blocks, ceil_div(kGradTasks, p.channel_blocks), std::max<int64_t>(1, kSliceBytes / weights)});
 }
 
-void plan(TapGrad& p, int64_t terms, int64_t element, int64_t lanes) {
+void plan(TapGrad& p, int64_t terms, int64_t element, int64_t lanes, int64_t lane_vectors) {
   p.form = p.group_channels >= 2 * lanes ? GradForm::channel_lanes
            : p.group_results >= 2 * lanes &&
                    (p.cols < lanes || terms > 1 || (contiguous_along(&Strides4::c, p.grad) && p.grad.stride.w != 1))
@@ -178,7 +176,8 @@ void plan(TapGrad& p, int64_t terms, int64_t element, int64_t lanes) {
   p.slices = count_slices(p, p.image_blocks * p.row_blocks, element);
   // Lanes are padded to whole tiles, rows to whole vectors; packed by position, both pass through rows of planes.
   const bool by_position = p.form != GradForm::position_lanes;
-  const int64_t width = p.form == GradForm::channel_lanes ? 3 * lanes : 1, grad_width = by_position ? 3 * lanes : 1;
+  const int64_t tile = lane_vectors * lanes;
+  const int64_t width = p.form == GradForm::channel_lanes ? tile : 1, grad_width = by_position ? tile : 1;
   const int64_t channels = ceil_div(p.block_channels, width) * width;
   const int64_t results = ceil_div(p.block_results, grad_width) * grad_width;
   p.scratch =
@@ -451,10 +450,11 @@ int64_t tile_side(const TapConv& p) {
   return winograd_setting == Winograd::kFast && 4 * products(4) < 3 * products(2) ? 4 : 2;
 }
 
-// Whether the direct sum's terms, multiplied two by two, take less time than the transformed ones, which are float32.
-bool pairs_take_less(const WinogradConv& w, DType dtype) {
+// Whether a window's terms, multiplied two by two, take no longer than the transformed ones, which are float32.
+bool pairs_take_no_longer(const WinogradConv& w, DType dtype) {
   const TapConv& p = w.conv;
-  return conv_kernels().terms[dtype] > 1 && 2 * w.products() * w.tiles() > 9 * p.batch * p.rows * p.cols;
+  return conv_kernels().terms[dtype] > 1 &&
+         (w.side == 2 || 2 * w.products() * w.tiles() > 9 * p.batch * p.rows * p.cols);
 }
 
 // Whether it is for a problem: windows of 3 x 3 that move by one, and many.
@@ -462,7 +462,7 @@ bool is_winograd(const WinogradConv& w, DType dtype) {
   const TapConv& p = w.conv;
   return winograd_setting != Winograd::kOff && is_window(p.planes, p.num_taps) &&
          std::min(p.group_channels, p.group_results) >= kWinogradChannels && w.results() >= kWinogradResults &&
-         !pairs_take_less(w, dtype);
+         !pairs_take_no_longer(w, dtype);
 }
 
 // False where it is not for this problem, which may be pooled by tiles.
@@ -473,9 +473,7 @@ bool plan_winograd(const TapConv& p, DType dtype, const void* weight, const std:
       !p.result.pool_code || (pool.kernel_h == 2 && pool.kernel_w == 2 && pool.stride_h == 2 && pool.stride_w == 2);
   w = winograd_conv(p, tile_side(p));
   w.conv.weight = weight, std::copy(strides.begin(), strides.end(), w.weight_strides);
-  // Of products in pairs, a window's sum takes no longer.
-  const bool direct = conv_kernels().terms[dtype] > 1 && w.side == 2 && !p.result.pool_code;
-  return !direct && is_winograd(w, dtype) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1);
+  return is_winograd(w, dtype) && by_tiles && (p.result.stride.c == 1 || p.result.stride.w == 1);
 }
 
 // False where a result was not finite: then none may be used.
@@ -556,9 +554,9 @@ bool plan_pointwise(const TapConv& p, DType dtype, PointConv& w) {
   w.padded = s.origin_h > 0 || s.origin_w > 0 || (p.rows - 1) * s.step_h + w.window_h - s.origin_h > p.source.height ||
              (p.cols - 1) * s.step_w + w.window_w - s.origin_w > p.source.width;
   const bool pixels = contiguous_along(&Strides4::c, p.source), columns = contiguous_along(&Strides4::w, p.source);
-  w.by_column = p.num_taps == 1 && !w.padded && s.origin_h == 0 && s.origin_w == 0 && columns &&
+  w.by_column = p.num_taps == 1 && !p.result.pool_code && !w.padded && s.origin_h == 0 && s.origin_w == 0 && columns &&
                 p.result.stride.w == 1 && s.step_w == 1 && !(pixels && p.result.stride.c == 1);
-  if (p.groups > 1 || p.result.pool_code || w.window_h * w.window_w != p.num_taps || !(pixels || columns) ||
+  if (p.groups > 1 || w.window_h * w.window_w != p.num_taps || !(pixels || columns) ||
       !(p.result.stride.c == 1 || p.result.stride.w == 1))
     return false;
   // Vectors of results are partly empty here, vectors of a plane's positions where there is padding between its rows.
@@ -582,14 +580,15 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
   const int64_t blocks = ceil_div(p.group_results, width), threads = torch::stable::get_num_threads();
   // Pixels of a block: a window's rows above and below it are not counted.
   const int64_t pixel = s.step_h * s.step_w * p.group_channels * element / conv_kernels().terms[dtype];
-  const int64_t bytes = p.result.stride.c == 1 ? pixel : std::max(pixel, panel * element);
+  const int64_t bytes = p.result.stride.c == 1 && !p.result.pool_code ? pixel : std::max(pixel, panel * element);
   const int64_t fit = std::max(tile, kPointBytes / bytes / tile * tile);
-  w.block_cols = std::min(fit, p.cols);
-  w.block_rows = p.num_taps == 1 ? 1 : std::max<int64_t>(1, fit / p.cols);
+  const bool pooled = p.result.pool_code != nullptr;
+  w.block_cols = pooled ? p.cols : std::min(fit, p.cols);
+  w.block_rows = p.num_taps == 1 && !pooled ? 1 : std::max<int64_t>(1, fit / p.cols);
   while (w.block_rows > w.window_h && p.batch * ceil_div(p.rows, w.block_rows) < 4 * threads)
     w.block_rows = ceil_div(w.block_rows, 2);
-  const Cut cut = cut_rows(p.rows, w.block_rows, PoolShape{});
-  w.block_rows = cut.block;
+  const Cut cut = cut_rows(p.rows, w.block_rows, p.result.pool);
+  w.block_rows = cut.block, w.row_step = cut.step;
   p.image_blocks = p.batch, p.row_blocks = cut.blocks;
   p.channel_blocks = std::min(blocks, ceil_div(2 * threads, p.batch * p.row_blocks));
   const int64_t rows = (w.block_rows - 1) * s.step_h + w.window_h, cols = (w.block_cols - 1) * s.step_w + w.window_w;
@@ -708,14 +707,17 @@ void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& wei
   if (!code) join_rows(s, {&p.source}, {&p.result.stride});
   p.planes = input_planes(s);
   plan_planes(p.planes, taps, s.in_w, s.out_w);
+  p.taps = taps.data(), p.num_taps = int64_t(taps.size());
+  p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_in(), p.group_results = s.group_out();
+  p.rows = s.out_h, p.cols = s.out_w;
   if (code) {
     p.result.pool_code = static_cast<uint8_t*>(code->data_ptr());
     p.result.code_stride = strides4(*code);
     p.result.pool = pool;
+    // Of the results those that a window has.
+    p.rows = (pool.out_h - 1) * pool.stride_h + pool.kernel_h,
+    p.cols = (pool.out_w - 1) * pool.stride_w + pool.kernel_w;
   }
-  p.taps = taps.data(), p.num_taps = int64_t(taps.size());
-  p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_in(), p.group_results = s.group_out();
-  p.rows = s.out_h, p.cols = s.out_w;
   p.bias = bias ? wide_bias.get() : nullptr, p.relu = relu;
   if (run_depthwise(problem, 1, 1, p.result.stride, dtype, weight, weight.stride(0))) return;
   run_conv(problem, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(0), weight.stride(1)});
@@ -834,7 +836,7 @@ void grad_weight(ConvShape s, DType dtype, const Tensor& input, const ConvSource
   if (plan_depthwise(p, dtype, depthwise)) {
     sum([&] { return run_depthwise(p, depthwise, dtype), true; });
   } else if (!plan_winograd(p, dtype, winograd) || !sum([&] { return run_winograd(p, dtype, winograd); })) {
-    plan(p, kernels.terms[dtype], element, kernels.lanes[element == 4]);
+    plan(p, kernels.terms[dtype], element, kernels.lanes[element == 4], kernels.lane_vectors);
     sum([&] { return run_tasks(p, kernels.run_grad[dtype]), true; });
   }
 }

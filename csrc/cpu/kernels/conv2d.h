@@ -138,8 +138,8 @@ struct TapGrad {
 struct ConvKernels {
   int lanes[2];           // of float64, float32 vectors
   int terms[kNumDTypes];  // of a sum that are multiplied as one operand
-  int tile_results;       // the widest tile of TapConv: result channels ...
-  int tile_vectors;       // ... and vectors of positions
+  int tile_results;       // result channels of TapConv's widest tile
+  int lane_vectors;       // and vectors of an outer product's
   // Packs rows [begin, end) of m-blocks of a weight viewed as [group][m][c][tap] into the order the tiles read.
   // strides: of group, m and c, elements.
   void (*pack_weight[kNumDTypes])(const TapConv&, const void* weight, const int64_t* strides, void* packed,

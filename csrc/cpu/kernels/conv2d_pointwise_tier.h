@@ -7,7 +7,8 @@
 // By channel: rows are pixels, of which a window reads a run of neighbouring elements for each of its rows; vectors are
 // results, and panels the weight's, packed once a call. A block of pixels stays in the L2 cache over the panels. In
 // channels_last they are read where they lie, or, with the padding around them, from a copy of the block, as pixels of
-// NCHW are; results of NCHW stay in scratch until a panel is done, and leave transposed.
+// NCHW are; results of NCHW, or that are max-pooled, stay in scratch until a panel is done, and leave pooled and
+// transposed.
 // By column (1 x 1 of NCHW, without padding): rows are results, of a weight packed once a call in the order they are
 // read; vectors are pixels. The first tile reads them from their channels and leaves them as a panel, in the L1 or L2
 // cache, for the others, of all results. Memory: what comes next is fetched while this is computed: no order is one
@@ -246,7 +247,7 @@ struct PointTask {
   PointTask(const PointConv& w, int64_t blocks, int64_t task) {
     const int64_t rows = task / w.conv.channel_blocks, share = task % w.conv.channel_blocks;
     n = rows / w.conv.row_blocks;
-    first_row = rows % w.conv.row_blocks * w.block_rows, last_row = least(w.conv.rows, first_row + w.block_rows);
+    first_row = rows % w.conv.row_blocks * w.row_step, last_row = least(w.conv.rows, first_row + w.block_rows);
     first = blocks * share / w.conv.channel_blocks, last = blocks * (share + 1) / w.conv.channel_blocks;
   }
 };
@@ -351,6 +352,40 @@ void copy_pixels(const TapConv& p, int64_t n, int64_t y, int64_t rows, int64_t x
   }
 }
 
+// Max-pools rows of pixels, vectors of `lanes` channels that are `width` apart, into one row, in place at the first (a
+// window is read before anything at or right of it is written), and its codes. Torch's order: the first of equal
+// maxima, the last NaN.
+template <class A>
+void pool_pixels(A* pixels, int64_t width, int64_t row_pitch, int lanes, const PoolShape& pool, uint8_t* code,
+                 int64_t code_c, int64_t code_w) {
+  constexpr int64_t L = kLanes<A>;
+  for (int64_t x = 0; x < pool.out_w; x += L) {
+    const int64_t count = least(L, pool.out_w - x);
+    Vec<A> elements[L] = {};
+    for (int64_t k = 0; k < count; ++k) {
+      const A* const window = pixels + (x + k) * pool.stride_w * width;
+      Vec<A> best = load(window);
+      Mask<A> element{};
+      for (int64_t i = 0; i < pool.kernel_h; ++i)
+        for (int64_t j = 0; j < pool.kernel_w; ++j) {
+          const Vec<A> value = load(window + i * row_pitch + j * width);
+          const Mask<A> better = (value > best) | (value != value);
+          best = better ? value : best;
+          element = better ? Mask<A>{} + MaskLane<A>(i * pool.kernel_w + j) : element;
+        }
+      element = best <= Vec<A>{} ? Mask<A>{} + kPoolNone : element;
+      store(pixels + (x + k) * width, best);
+      if (code_c == 1)
+        store_bytes_n(code + (x + k) * code_w, element, lanes);
+      else
+        elements[k] = (Vec<A>)element;
+    }
+    if (code_c == 1) continue;
+    transpose<A>(elements);
+    for (int c = 0; c < lanes; ++c) store_bytes_n(code + c * code_c + x, (Mask<A>)elements[c], int(count));
+  }
+}
+
 template <class T>
 void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
@@ -360,7 +395,10 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
   const TapConv& p = w.conv;
   const int64_t channels = p.group_channels, depth = w.window_h * operands<P>(w.window_w * channels);
   const Planes& s = p.planes;
-  const bool direct = p.result.stride.c == 1;  // or through `sums`, to be transposed
+  const PoolShape& pool = p.result.pool;
+  const bool pooled = p.result.pool_code != nullptr;
+  const bool direct = p.result.stride.c == 1 && !pooled;  // or through `sums`, to be transposed or pooled
+  const int64_t result_step = pooled ? pool.stride_h : 1;
   const bool in_place = !w.padded && p.source.stride.c == 1 && sizeof(E) == sizeof(T) && !p.source.relu_output &&
                         w.window_w * channels % kTermsOf<P> == 0 && (w.window_w == 1 || p.source.stride.w == channels);
   A* const sums = static_cast<A*>(scratch);
@@ -376,8 +414,10 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
       const int64_t source_x = x * s.step_w - s.origin_w;
       // Cut evenly: a tile of few rows has too few sums to hide an FMA's latency.
       const int64_t tiles = ceil_div(count, kRows), tile = ceil_div(count, tiles);
-      T* const result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n +
-                        task.first_row * p.result.stride.h + x * p.result.stride.w;
+      const int64_t sums_pitch = tiles * tile * kWidth, result_y = task.first_row / result_step;
+      const Strides4 &to = p.result.stride, &code_to = p.result.code_stride;
+      T* const result = static_cast<T*>(p.result.data) + task.n * to.n + result_y * to.h + x * to.w;
+      uint8_t* const code = pooled ? p.result.pool_code + task.n * code_to.n + result_y * code_to.h : nullptr;
       b.run_pitch = in_place ? p.source.stride.h : cols * channels;
       const E* pixels = copied;
       if (in_place)
@@ -403,16 +443,22 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
           b.panel = weight + top * operands<P>(b.terms) * kWidth;
           for (int64_t i = 0; i < count; i += tile, b.sums += tile * kWidth, next += depth * b.ahead_step) {
             b.rows = pixels + (row * s.step_h + top) * b.run_pitch + i * b.row_pitch;
-            b.result = direct ? result + row * p.result.stride.h + i * b.result_pitch + m : nullptr;
+            b.result = direct ? result + row * to.h + i * b.result_pitch + m : nullptr;
             b.ahead = fetch_pixels ? reinterpret_cast<const char*>(b.rows + tile * b.row_pitch) : next;
             multiply_rows_of<T, true, kRows>(least(tile, count - i), b);
           }
         }
-        for (int64_t row = 0; !direct && row < rows; ++row)
-          for (int64_t v = 0; v < b.lanes; v += kLanes<A>)
-            write_vectors<T>(sums + row * tiles * tile * kWidth + v, kWidth, count, int(least(kLanes<A>, b.lanes - v)),
-                             result + (m + v) * p.result.stride.c + row * p.result.stride.h, p.result.stride.c,
-                             p.result.stride.w);
+        const int64_t result_rows = pooled ? (rows - pool.kernel_h) / pool.stride_h + 1 : direct ? 0 : rows;
+        for (int64_t row = 0; row < result_rows; ++row)
+          for (int64_t v = 0; v < b.lanes; v += kLanes<A>) {
+            const int lanes = int(least(kLanes<A>, b.lanes - v));
+            A* const from = sums + row * result_step * sums_pitch + v;
+            if (pooled)
+              pool_pixels(from, kWidth, sums_pitch, lanes, pool, code + (m + v) * code_to.c + row * code_to.h,
+                          code_to.c, code_to.w);
+            write_vectors<T>(from, kWidth, pooled ? pool.out_w : count, lanes, result + (m + v) * to.c + row * to.h,
+                             to.c, to.w);
+          }
       }
     }
   }

@@ -24,8 +24,10 @@
 // each tensor once, plus a packed copy that stays in the cache; rows on a block's border are packed twice.
 
 #if FASTNN_VECTOR_BYTES == 64
+constexpr int kLaneVectors = 4, kTileSums = 24;  // of outer products
 constexpr int kTileResults = 8, kTilePairs = 6, kWideResults = 3, kSharedRows = 4, kSharedResults = 2;
 #else
+constexpr int kLaneVectors = 3, kTileSums = 12;
 constexpr int kTileResults = 4, kTilePairs = 3, kWideResults = 1, kSharedRows = 4, kSharedResults = 0;
 #endif
 constexpr int kTileVectors = 3, kWideVectors = 6;  // the latter of up to kWideResults result channels
@@ -890,54 +892,59 @@ void outer_tile(const OuterProduct<P>& o, int64_t first) {
             for (int v = 0; v < NV; ++v) sum[m][v] = multiply_add(a, first_term(load(x + v * kLanes<P>)), sum[m][v]);
           }
     }
+  A* out = o.sums + first * o.sums_pitch;
+  const int rest = int(o.num_lanes - (NV - 1) * kLanes<A>);  // of the last vector
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m)
+  for (int m = 0; m < MR; ++m, out += o.sums_pitch) {
 #pragma GCC unroll 6
-    for (int v = 0; v < NV; ++v) {
-      A* out = o.sums + (first + m) * o.sums_pitch + v * kLanes<A>;
-      const int count = int(least(kLanes<A>, o.num_lanes - v * kLanes<A>));
-      store_n(out, load_n(out, count) + sum[m][v], count);
-    }
+    for (int v = 0; v < NV - 1; ++v) store(out + v * kLanes<A>, load(out + v * kLanes<A>) + sum[m][v]);
+    A* const last = out + (NV - 1) * kLanes<A>;
+    store_lanes(last, load_lanes(last, rest) + sum[m][NV - 1], rest);
+  }
 }
 
-template <class P, int MR>
-FASTNN_INLINE void outer_tiles(const OuterProduct<P>& o, int64_t first) {
-  const int64_t vectors = ceil_div(o.num_lanes, kLanes<P>);
-  if (vectors == 3)
-    outer_tile<P, MR, 3>(o, first);
-  else if (vectors == 2)
-    outer_tile<P, MR, 2>(o, first);
-  else
-    outer_tile<P, MR, 1>(o, first);
+// Tiles of NV vectors and as many rows as leave registers for what they load.
+template <class P, int NV>
+void outer_tiles(const OuterProduct<P>& o) {
+  constexpr int kRows = least(kTileResults, kTileSums / NV);
+  for (int64_t m = 0; m < o.num_rows;) {
+    const int64_t left = o.num_rows - m, rows = left >= kRows ? kRows : least(left, 4);
+    if (rows == kRows)
+      outer_tile<P, kRows, NV>(o, m);
+    else if (rows == 4)
+      outer_tile<P, 4, NV>(o, m);
+    else if (rows == 3)
+      outer_tile<P, 3, NV>(o, m);
+    else if (rows == 2)
+      outer_tile<P, 2, NV>(o, m);
+    else
+      outer_tile<P, 1, NV>(o, m);
+    m += rows;
+  }
 }
 
-// num_lanes <= kTileVectors vectors.
+// num_lanes <= kLaneVectors vectors.
 template <class P>
 void outer_rows(const OuterProduct<P>& o) {
-  for (int64_t m = 0; m < o.num_rows;) {
-    const int results = tile_results(o.num_rows - m);
+  const int64_t vectors = ceil_div(o.num_lanes, kLanes<P>);
 #if FASTNN_VECTOR_BYTES == 64
-    if (results == 8)
-      outer_tiles<P, 8>(o, m);
-    else
+  if (vectors == 4)
+    outer_tiles<P, 4>(o);
+  else
 #endif
-        if (results == 4)
-      outer_tiles<P, 4>(o, m);
-    else if (results == 3)
-      outer_tiles<P, 3>(o, m);
-    else if (results == 2)
-      outer_tiles<P, 2>(o, m);
-    else
-      outer_tiles<P, 1>(o, m);
-    m += results;
-  }
+      if (vectors == 3)
+    outer_tiles<P, 3>(o);
+  else if (vectors == 2)
+    outer_tiles<P, 2>(o);
+  else
+    outer_tiles<P, 1>(o);
 }
 
 // Lanes a tile takes of `count`, evenly cut: a tile of one vector has too few sums to hide an FMA's latency.
 template <class A>
 FASTNN_INLINE int64_t lanes_together(int64_t count) {
   const int64_t vectors = ceil_div(count, kLanes<A>);
-  return ceil_div(vectors, ceil_div(vectors, kTileVectors)) * kLanes<A>;
+  return ceil_div(vectors, ceil_div(vectors, kLaneVectors)) * kLanes<A>;
 }
 
 // ---- weight gradient: dot products along the positions ----
@@ -1036,7 +1043,7 @@ template <class T>
 void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   using P = Operand<T>;
-  constexpr int64_t kWidth = kTileVectors * kLanes<A>;
+  constexpr int64_t kWidth = kLaneVectors * kLanes<A>;
   const Planes& planes = p.planes;
   const bool channel_lanes = p.form == GradForm::channel_lanes, result_lanes = p.form == GradForm::result_lanes;
   const int64_t channel_places = channel_lanes ? ceil_div(p.block_channels, kWidth) * kWidth : p.block_channels;
@@ -1201,7 +1208,7 @@ const ConvKernels kConvKernels = {
     {kLanes<double>, kLanes<float>},
     {1, 1, kTermsOf<Operand<bf16>>, 1},
     kTileResults,
-    kTileVectors,
+    kLaneVectors,
     FASTNN_ALL_DTYPES(pack_weight),
     FASTNN_ALL_DTYPES(run),
     FASTNN_ALL_DTYPES(run_grad),

@@ -41,7 +41,7 @@ FASTNN_INLINE Vec<A> splat(A value) {
 }
 
 FASTNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr FASTNN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTNN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- loads and stores: T in memory, Accumulator<T> in registers ----
