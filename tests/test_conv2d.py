@@ -484,20 +484,21 @@ def test_one_by_one(backend, dtype, op, channels, results, size, stride, layout)
 
 
 COMMON_LAYERS = {
-    "few channels": (CONV2D, 3, 24, 3, (17, 18), {"padding": 1}),
-    "strided": (CONV2D_RELU, 16, 40, 3, (11, 12), {"stride": 2, "padding": 1}),
-    "pooled": (CONV2D_RELU_MAX_POOL2D, 16, 72, 3, (8, 9), {"padding": (1, 2)}),
-    "many channels of no whole vector": (CONV2D, 131, 16, 3, (4, 5), {}),
-    "depthwise": (CONV2D_RELU, 24, 24, 3, (9, 11), {"stride": 2, "padding": 1, "groups": 24}),
-    "depthwise, pooled": (CONV2D_RELU_MAX_POOL2D, 16, 16, 3, (8, 9), {"padding": 1, "groups": 16}),
-    "large windows of few channels": (CONV2D_RELU, 3, 70, 7, (13, 37), {"stride": 2, "padding": 3}),
-    "larger ones of two channels": (CONV2D_RELU, 2, 70, 11, (13, 37), {"padding": 5}),
-    "large ones of four channels": (CONV2D_RELU, 4, 40, 7, (9, 37), {"padding": 3}),
-    "two channels, four results": (CONV2D_RELU, 2, 4, 5, (9, 35), {"padding": 2}),
-    "large windows": (CONV2D, 21, 50, 5, (9, 23), {"padding": 2}),
-    "one channel": (CONV2D, 1, 20, 5, (7, 30), {"padding": 2}),
-    "two results": (CONV2D_RELU, 21, 2, 3, (6, 57), {"padding": 1}),
-    "many positions": (CONV2D, 5, 3, 2, (64, 65), {}),
+    "few channels": (CONV2D, 3, 24, (3, 3), (17, 18), {"padding": 1}),
+    "strided": (CONV2D_RELU, 16, 40, (3, 3), (11, 12), {"stride": 2, "padding": 1}),
+    "pooled": (CONV2D_RELU_MAX_POOL2D, 16, 72, (3, 3), (8, 9), {"padding": (1, 2)}),
+    "many channels of no whole vector": (CONV2D, 131, 16, (3, 3), (4, 5), {}),
+    "depthwise": (CONV2D_RELU, 24, 24, (3, 3), (9, 11), {"stride": 2, "padding": 1, "groups": 24}),
+    "depthwise, pooled": (CONV2D_RELU_MAX_POOL2D, 16, 16, (3, 3), (8, 9), {"padding": 1, "groups": 16}),
+    "large windows of few channels": (CONV2D_RELU, 3, 70, (7, 7), (13, 37), {"stride": 2, "padding": 3}),
+    "larger ones of two channels": (CONV2D_RELU, 2, 70, (11, 11), (13, 37), {"padding": 5}),
+    "large ones of four channels": (CONV2D_RELU, 4, 40, (7, 7), (9, 37), {"padding": 3}),
+    "two channels, four results": (CONV2D_RELU, 2, 4, (5, 5), (9, 35), {"padding": 2}),
+    "large windows": (CONV2D, 21, 50, (5, 5), (9, 23), {"padding": 2}),
+    "one channel": (CONV2D, 1, 20, (5, 5), (7, 30), {"padding": 2}),
+    "two results": (CONV2D_RELU, 21, 2, (3, 3), (6, 57), {"padding": 1}),
+    "windows of a column": (CONV2D, 4, 40, (2, 1), (20, 13), {}),
+    "many positions": (CONV2D, 5, 3, (2, 2), (64, 65), {}),
 }
 
 
@@ -511,7 +512,7 @@ def test_common_layers(backend, layer, layout, dtype):
     op, channels, results, kernel, size, kwargs = COMMON_LAYERS[layer]
     allow_tf32(dtype == "TF32")
     dtype = torch.float32 if dtype == "TF32" else dtype
-    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), kernel, kernel))
+    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), *kernel))
     x, w, b = case.tensors(partial(integers, dtype))
     exact_inputs = tuple(map(to_float64, (x, w, b)))
     grad_output = LAYOUTS[layout](integers(dtype, tuple(op.native(*exact_inputs, **kwargs).shape)))
@@ -532,7 +533,7 @@ def test_tf32_where_torch_allows_it(backend, layer, layout):
     """Of rounded operands every product is exact, so the result is float64's of these to float32's accuracy."""
     op, channels, results, kernel, size, kwargs = COMMON_LAYERS[layer]
     op = CONV2D if op is CONV2D_RELU_MAX_POOL2D else op  # which element is a window's maximum depends on the rounding
-    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), kernel, kernel), bias=False)
+    case = Case((2, channels, *size), (results, channels // kwargs.get("groups", 1), *kernel), bias=False)
     x, w, _ = case.tensors(partial(normals, torch.float32))
     grad_output = normals(torch.float32, tuple(op.native(x, w, **kwargs).shape))
     # Small groups are not worth the matrix units.

@@ -333,7 +333,8 @@ FASTNN_INLINE FloatVec multiply_add(UInt32Vec a, UInt32Vec b, FloatVec sum) {
 #endif
 
 FASTNN_INLINE UInt32Vec pairs(FloatVec even, FloatVec odd) {
-  return (UInt32Vec)even >> 16 | (UInt32Vec)odd;  // of bfloat16, whose low halves are zero
+  // `odd`'s low half is zero too, if it is a term: what is packed behind the last one need not be.
+  return (UInt32Vec)even >> 16 | ((UInt32Vec)odd & 0xffff0000);
 }
 
 // Operands without their second terms, where there is none; of one term there is.
