@@ -574,32 +574,34 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
   const PointwiseKernels& kernels = pointwise_kernels();
   TapConv& p = w.conv;
   const Planes& s = p.planes;
-  const bool by_channel = !w.by_column;
-  const int64_t element = accumulator_size(dtype), panel = kernels.panel[element == 4];
-  const int64_t width = by_channel ? panel : kernels.rows, tile = by_channel ? kernels.rows : panel;
-  const int64_t blocks = ceil_div(p.group_results, width), threads = torch::stable::get_num_threads();
-  // Pixels of a block: a window's rows above and below it are not counted.
-  const int64_t pixel = s.step_h * s.step_w * p.group_channels * element / conv_kernels().terms[dtype];
-  const int64_t bytes = p.result.stride.c == 1 && !p.result.pool_code ? pixel : std::max(pixel, panel * element);
-  const int64_t fit = std::max(tile, kPointBytes / bytes / tile * tile);
-  const bool pooled = p.result.pool_code != nullptr;
-  w.block_cols = pooled ? p.cols : std::min(fit, p.cols);
-  w.block_rows = p.num_taps == 1 && !pooled ? 1 : std::max<int64_t>(1, fit / p.cols);
-  while (w.block_rows > w.window_h && p.batch * ceil_div(p.rows, w.block_rows) < 4 * threads)
-    w.block_rows = ceil_div(w.block_rows, 2);
-  const Cut cut = cut_rows(p.rows, w.block_rows, p.result.pool);
-  w.block_rows = cut.block, w.row_step = cut.step;
-  p.image_blocks = p.batch, p.row_blocks = cut.blocks;
-  p.channel_blocks = std::min(blocks, ceil_div(2 * threads, p.batch * p.row_blocks));
-  const int64_t rows = (w.block_rows - 1) * s.step_h + w.window_h, cols = (w.block_cols - 1) * s.step_w + w.window_w;
-  // Behind copied pixels, what their transposes may write past them; sums of a panel, and as many as a vector has
-  // lanes.
-  if (by_channel)
-    w.scratch = ((rows * cols + 8) * p.group_channels +
-                 (w.block_rows * ceil_div(w.block_cols, tile) * tile + panel / 2) * panel) *
+  const int64_t element = accumulator_size(dtype), panel = kernels.panel[element == 4], rows = kernels.rows;
+  const int64_t width = w.by_column ? rows : panel, blocks = ceil_div(p.group_results, width);
+  const int64_t threads = torch::stable::get_num_threads();
+  if (w.by_column) {
+    p.image_blocks = 1, p.row_blocks = ceil_div(p.batch * p.rows * p.cols, panel);
+    w.scratch = (p.group_channels + rows) * panel * element;
+  } else {
+    // Pixels of a block: a window's rows above and below it are not counted.
+    const int64_t pixel = s.step_h * s.step_w * p.group_channels * element / conv_kernels().terms[dtype];
+    const bool pooled = p.result.pool_code != nullptr;
+    const int64_t bytes = p.result.stride.c == 1 && !pooled ? pixel : std::max(pixel, panel * element);
+    const int64_t fit = std::max(rows, kPointBytes / bytes / rows * rows);
+    w.block_cols = pooled ? p.cols : std::min(fit, p.cols);
+    w.block_rows = p.num_taps == 1 && !pooled ? 1 : std::max<int64_t>(1, fit / p.cols);
+    while (w.block_rows > w.window_h && p.batch * ceil_div(p.rows, w.block_rows) < 4 * threads)
+      w.block_rows = ceil_div(w.block_rows, 2);
+    const Cut cut = cut_rows(p.rows, w.block_rows, p.result.pool);
+    w.block_rows = cut.block, w.row_step = cut.step;
+    p.image_blocks = p.batch, p.row_blocks = cut.blocks;
+    const int64_t source_rows = (w.block_rows - 1) * s.step_h + w.window_h;
+    const int64_t source_cols = (w.block_cols - 1) * s.step_w + w.window_w;
+    // Behind copied pixels, what their transposes may write past them; sums of a panel, and as many as a vector has
+    // lanes.
+    w.scratch = ((source_rows * source_cols + 8) * p.group_channels +
+                 (w.block_rows * ceil_div(w.block_cols, rows) * rows + panel / 2) * panel) *
                 element;
-  else
-    w.scratch = p.group_channels * panel * element;
+  }
+  p.channel_blocks = std::min(blocks, ceil_div(2 * threads, p.image_blocks * p.row_blocks));
   const int64_t depth = p.group_channels * p.num_taps;
   const Scratch<char> packed(blocks * width * depth * element);
   torch::stable::parallel_for(0, blocks, ceil_div(4096, width * depth), [&](int64_t begin, int64_t end) {

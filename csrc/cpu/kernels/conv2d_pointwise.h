@@ -6,7 +6,8 @@
 namespace fastnn::cpu {
 
 // conv.taps are those of a window, row by row. A task: block_rows rows of an image's results, block_cols columns at a
-// time (by column: as many as a panel has), and a share of the blocks of result channels.
+// time, or, by column, as many results as a panel has columns, of all rows and images in a row; and a share of the
+// blocks of result channels.
 struct PointConv {
   TapConv conv;
   int64_t window_h, window_w;

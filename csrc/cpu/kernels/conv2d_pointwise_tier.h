@@ -10,8 +10,9 @@
 // NCHW are; results of NCHW, or that are max-pooled, stay in scratch until a panel is done, and leave pooled and
 // transposed.
 // By column (1 x 1 of NCHW, without padding): rows are results, of a weight packed once a call in the order they are
-// read; vectors are pixels. The first tile reads them from their channels and leaves them as a panel, in the L1 or L2
-// cache, for the others, of all results. Memory: what comes next is fetched while this is computed: no order is one
+// read; vectors are pixels, of all rows and images in a row. The first tile reads them from their channels and leaves
+// them as a panel, in the L1 or L2 cache, for the others, of all results; where an image ends, the panel is packed
+// before. Memory: what comes next is fetched while this is computed: no order is one
 // that the hardware foresees.
 //
 // Operations: 2 * pixels * window * channels * results; bytes: each tensor once, the weight once a block of pixels.
@@ -135,7 +136,7 @@ void multiply_rows(const RowTile<T>& b) {
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
       const Vec<A> value = b.relu ? (sum[n][v] < Vec<A>{} ? Vec<A>{} : sum[n][v]) : sum[n][v];
-      if (by_channel && !b.result)
+      if (!b.result)
         store(b.sums + (n * kWidth + v) * L, value);
       else
         store_lanes(b.result + n * b.result_pitch + v * L, value, b.lanes - v * L);
@@ -464,11 +465,58 @@ void run_points_by_channel(const PointConv& w, void* scratch, int64_t begin, int
   }
 }
 
-// The first element of a task's first row.
+// Of the columns of a panel some that are neighbours: the first's lane, how many, and where the first one's elements
+// are.
+struct ColumnRun {
+  int64_t lane, count, source, relu, result;
+};
+
+// The runs of `count` columns, of rows and images one after the other, from `position` on; returns how many.
+FASTNN_INLINE int64_t column_runs(const PointConv& w, int64_t position, int64_t count, ColumnRun* runs) {
+  const TapConv& p = w.conv;
+  int64_t num_runs = 0;
+  for (int64_t lane = 0; lane < count; ++num_runs) {
+    const int64_t row = (position + lane) / p.cols, x = (position + lane) % p.cols, n = row / p.rows, y = row % p.rows;
+    const int64_t source_y = y * p.planes.step_h;
+    ColumnRun& run = runs[num_runs];
+    run = {lane, least(p.cols - x, count - lane), n * p.source.stride.n + source_y * p.source.stride.h + x,
+           n * p.source.relu_stride.n + source_y * p.source.relu_stride.h + x,
+           n * p.result.stride.n + y * p.result.stride.h + x};
+    lane += run.count;
+  }
+  return num_runs;
+}
+
+// Packs a panel of several runs, which no tile can read as whole vectors.
 template <class T>
-FASTNN_INLINE const T* source_of(const PointConv& w, const PointTask& task) {
-  const ConvSource& s = w.conv.source;
-  return static_cast<const T*>(s.data) + task.n * s.stride.n + task.first_row * w.conv.planes.step_h * s.stride.h;
+void pack_runs(const ConvSource& s, const ColumnRun* runs, int64_t num_runs, int64_t channels, Operand<T>* panel) {
+  using P = Operand<T>;
+  constexpr int64_t L = kLanes<P>, kWidth = 2 * L;
+  for (int64_t c = 0; c < channels; c += kTermsOf<P>, panel += kWidth)
+    for (const ColumnRun* run = runs; run < runs + num_runs; ++run) {
+      const T* const from = static_cast<const T*>(s.data) + run->source + c * s.stride.c;
+      const T* relu = static_cast<const T*>(s.relu_output);
+      if (relu) relu += run->relu + c * s.relu_stride.c;
+      for (int64_t i = 0; i < run->count; i += L)
+        store_lanes(panel + run->lane + i,
+                    load_operands<T, P>(from + i, s.stride.c, relu ? relu + i : nullptr, s.relu_stride.c, channels - c,
+                                        int(least(L, run->count - i))),
+                    run->count - i);
+    }
+}
+
+// `rows` rows of a tile's sums, to their runs in results `pitch` apart.
+template <class T>
+void write_runs(const Accumulator<T>* sums, int64_t rows, const ColumnRun* runs, int64_t num_runs, int64_t pitch,
+                T* result) {
+  using A = Accumulator<T>;
+  constexpr int64_t L = kLanes<A>, kWidth = 2 * L;
+  for (int64_t n = 0; n < rows; ++n, sums += kWidth, result += pitch)
+    for (const ColumnRun* run = runs; run < runs + num_runs; ++run)
+      for (int64_t i = 0; i < run->count; i += L) {
+        const int64_t count = least(L, run->count - i);
+        store_lanes(result + run->result + i, load_n(sums + run->lane + i, int(count)), count);
+      }
 }
 
 template <class T>
@@ -478,36 +526,39 @@ void run_points_by_column(const PointConv& w, void* scratch, int64_t begin, int6
   constexpr int64_t kWidth = 2 * kLanes<A>;
   const TapConv& p = w.conv;
   const int64_t channels = p.group_channels, depth = operands<P>(channels), blocks = ceil_div(p.group_results, kRows);
-  P* const panel = static_cast<P*>(scratch);
+  const int64_t positions = p.batch * p.rows * p.cols;
+  A* const sums = static_cast<A*>(scratch);
+  P* const panel = reinterpret_cast<P*>(sums + kRows * kWidth);
+  T* const results = static_cast<T*>(p.result.data);
+  ColumnRun runs[kWidth], next;
   RowTile<T> b;
-  b.runs = 1, b.terms = channels, b.panel = panel, b.result_pitch = p.result.stride.c, b.relu = p.relu;
+  b.runs = 1, b.terms = channels, b.panel = panel, b.result_pitch = p.result.stride.c, b.relu = p.relu, b.sums = sums;
   b.stride_c = p.source.stride.c, b.relu_stride_c = p.source.relu_stride.c;
   for (int64_t index = begin; index < end; ++index) {
-    const PointTask task(w, blocks, index), next_task(w, blocks, index + 1);
-    const int64_t y = task.first_row, source_y = y * p.planes.step_h;
-    const T* source = source_of<T>(w, task);
-    const T* relu = static_cast<const T*>(p.source.relu_output);
-    if (relu) relu += task.n * p.source.relu_stride.n + source_y * p.source.relu_stride.h;
-    T* result = static_cast<T*>(p.result.data) + task.n * p.result.stride.n + y * p.result.stride.h;
-    for (int64_t x = 0; x < p.cols; x += kWidth) {
-      b.lanes = int(least(kWidth, p.cols - x));
-      // To the last element of a vector: its first ones may be on a line that this panel reads.
-      b.next_columns = (x + kWidth < p.cols ? kWidth : source_of<T>(w, next_task) - (source + x)) + kLanes<P> - 1;
-      b.columns = source + x;
-      b.relu_columns = relu ? relu + x : nullptr;
-      for (int64_t block = task.first; block < task.last; ++block) {
-        const int64_t m = block * kRows;
-        b.rows = static_cast<const Element<P>*>(p.weight) + m * depth * kTermsOf<P>;
-        b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
-        b.packs = block == task.first ? panel : nullptr;
-        b.result = result + m * b.result_pitch + x;
-        multiply_rows_of<T, false, kRows>(least(kRows, p.group_results - m), b);
-      }
+    const int64_t position = index / p.channel_blocks * kWidth, share = index % p.channel_blocks;
+    const int64_t first = blocks * share / p.channel_blocks, last = blocks * (share + 1) / p.channel_blocks;
+    b.lanes = int(least(kWidth, positions - position));
+    const int64_t num_runs = column_runs(w, position, b.lanes, runs);
+    const bool packed = num_runs > 1;
+    if (packed) pack_runs<T>(p.source, runs, num_runs, channels, panel);
+    b.columns = static_cast<const T*>(p.source.data) + runs[0].source;
+    b.relu_columns = p.source.relu_output ? static_cast<const T*>(p.source.relu_output) + runs[0].relu : nullptr;
+    // To the last element of a vector: its first ones may be on a line that this panel reads.
+    column_runs(w, position + kWidth, 1, &next);
+    b.next_columns = next.source - runs[0].source + kLanes<P> - 1;
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t m = block * kRows, rows = least(kRows, p.group_results - m);
+      b.rows = static_cast<const Element<P>*>(p.weight) + m * depth * kTermsOf<P>;
+      b.bias = p.bias ? static_cast<const A*>(p.bias) + m : nullptr;
+      b.packs = block == first && !packed ? panel : nullptr;
+      b.result = packed ? nullptr : results + m * b.result_pitch + runs[0].result;
+      multiply_rows_of<T, false, kRows>(rows, b);
+      if (packed) write_runs<T>(sums, rows, runs, num_runs, b.result_pitch, results + m * b.result_pitch);
     }
   }
 }
 
-// Tasks [begin, end): a block of result rows of one image, and a share of the blocks of results.
+// Tasks [begin, end): a block of result rows of one image, or a panel of columns, and a share of the blocks of results.
 template <class T>
 void run_points(const PointConv& w, void* scratch, int64_t begin, int64_t end) {
   if (!w.by_column)
