@@ -322,10 +322,25 @@ def test_nothing_outlives_a_step(backend, name, change):
         pair.assert_equal()
 
 
+def lazily_negated(shape: tuple[int, ...]) -> torch.Tensor:
+    """What is in its memory has the other sign."""
+    return torch.ones(shape, dtype=torch.complex128).mul(2 + 3j).conj().imag
+
+
 @each
 @pytest.mark.expects_native
 @pytest.mark.parametrize(
-    "grad", ["sparse", "float32", "expanded state", "negated", "negated whole", "negated, profiled"]
+    "grad",
+    [
+        "sparse",
+        "float32",
+        "expanded state",
+        "negated parameter",
+        "negated state",
+        "negated",
+        "negated whole",
+        "negated, profiled",
+    ],
 )
 def test_becomes_uncovered(backend, name, grad):
     """What the kernels took in one step and do not in the next."""
@@ -343,8 +358,13 @@ def test_becomes_uncovered(backend, name, grad):
         elif grad == "expanded state":
             key = "momentum_buffer" if name == "SGD" else "exp_avg"
             optimizer.state[p][key] = torch.ones(1, dtype=p.dtype).expand(shape)
-        else:  # lazily: what is in memory has the other sign
-            p.grad = torch.ones(shape, dtype=torch.complex128).mul(2 + 3j).conj().imag
+        elif grad == "negated parameter":
+            p.data = lazily_negated(shape)
+            assert p.is_neg()
+        elif grad == "negated state":
+            optimizer.state[p]["momentum_buffer" if name == "SGD" else "exp_avg"] = lazily_negated(shape)
+        else:
+            p.grad = lazily_negated(shape)
             if grad == "negated whole":
                 p.grad = p.grad.as_strided(shape, (1,), 0)
             assert p.grad.is_neg()

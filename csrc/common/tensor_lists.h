@@ -32,6 +32,12 @@ using Views = std::vector<View>;
 
 Views views_of(const std::vector<Tensor>& tensors, const char* op, const char* name);
 
+// What lists from the dispatcher need not be told: see python_lists.h.
+struct NothingKnown {};
+inline Views views_of(const std::vector<Tensor>& tensors, const char* op, const char* name, NothingKnown) {
+  return views_of(tensors, op, name);
+}
+
 // One argument of a fused update: a list with a tensor for every parameter.
 struct Operand {
   const char* name;

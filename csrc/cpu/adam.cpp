@@ -24,11 +24,11 @@ double advance(const View& step) {
   return *reinterpret_cast<float*>(step.data) += 1;
 }
 
-// List: std::vector<Tensor> for the operator, pybind11::list for fastnn.optim.
-template <class List>
+// List: std::vector<Tensor> for the operator, pybind11::list for fastnn.optim. Known: see views_of.
+template <class List, class Known>
 void adam_(List params, List grads, List exp_avgs, List exp_avg_sqs, List max_exp_avg_sqs, List state_steps, double lr,
            double beta1, double beta2, double weight_decay, double eps, bool amsgrad, bool maximize,
-           bool decoupled_weight_decay, std::optional<double> grad_scale) {
+           bool decoupled_weight_decay, std::optional<double> grad_scale, Known known) {
   const AdamOptions options{lr,
                             beta1,
                             beta2,
@@ -40,14 +40,14 @@ void adam_(List params, List grads, List exp_avgs, List exp_avg_sqs, List max_ex
                             grad_scale.value_or(1)};
   Operands operands;
   const auto add = [&](const char* name, const List& list, bool updated) {
-    operands.push_back({name, views_of(list, "adam_", name), updated});
+    operands.push_back({name, views_of(list, "adam_", name, known), updated});
   };
   add("params", params, true);
-  add("grads", grads, options.scaled);
+  operands.push_back({"grads", views_of(grads, "adam_", "grads"), options.scaled});  // new ones, mostly
   add("exp_avgs", exp_avgs, true);
   add("exp_avg_sqs", exp_avg_sqs, true);
   if (amsgrad) add("max_exp_avg_sqs", max_exp_avg_sqs, true);
-  const Views steps = views_of(state_steps, "adam_", "state_steps");
+  const Views steps = views_of(state_steps, "adam_", "state_steps", known);
   check_operands("adam_", kCpuDevice, operands);
   check_steps(steps, params.size());
 
@@ -73,7 +73,7 @@ void adam_(List params, List grads, List exp_avgs, List exp_avg_sqs, List max_ex
 
 }  // namespace
 
-void bind_adam(pybind11::module_& m) { m.def("adam_", &adam_<pybind11::list>); }
+void bind_adam(pybind11::module_& m) { m.def("adam_", &adam_<pybind11::list, pybind11::dict>); }
 
 void adam_operator(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                    std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs,
@@ -83,7 +83,7 @@ void adam_operator(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
                    std::optional<Tensor> grad_scale_tensor, std::optional<Tensor> found_inf) {
   lr = learning_rate("adam_", lr, lr_tensor, grad_scale_tensor, found_inf);
   adam_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr, beta1, beta2, weight_decay, eps,
-        amsgrad, maximize, decoupled_weight_decay, grad_scale);
+        amsgrad, maximize, decoupled_weight_decay, grad_scale, NothingKnown{});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) { m.impl("adam_", TORCH_BOX(&adam_operator)); }

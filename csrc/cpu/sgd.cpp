@@ -8,11 +8,11 @@
 namespace fastnn::cpu {
 namespace {
 
-// List: std::vector<Tensor> for the operator, pybind11::list for fastnn.optim.
-template <class List>
+// List: std::vector<Tensor> for the operator, pybind11::list for fastnn.optim. Known: see views_of.
+template <class List, class Known>
 void sgd_(List params, List grads, List momentum_buffer_list, std::vector<int64_t> first_steps, double lr,
           double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool lr_in_velocity,
-          std::optional<double> grad_scale) {
+          std::optional<double> grad_scale, Known known) {
   SgdOptions options{};
   options.grad_factor = lr_in_velocity ? -lr : 1;
   options.step_factor = lr_in_velocity ? 1 : -lr;
@@ -25,10 +25,10 @@ void sgd_(List params, List grads, List momentum_buffer_list, std::vector<int64_
   options.grad_scale = grad_scale.value_or(1);
   Operands operands;
   const auto add = [&](const char* name, const List& list, bool updated) {
-    operands.push_back({name, views_of(list, "sgd_", name), updated});
+    operands.push_back({name, views_of(list, "sgd_", name, known), updated});
   };
   add("params", params, true);
-  add("grads", grads, options.scaled);
+  operands.push_back({"grads", views_of(grads, "sgd_", "grads"), options.scaled});  // new ones, mostly
   if (momentum != 0) add("momentum_buffer_list", momentum_buffer_list, true);
   check_operands("sgd_", kCpuDevice, operands);
 
@@ -50,7 +50,7 @@ void sgd_(List params, List grads, List momentum_buffer_list, std::vector<int64_
 
 }  // namespace
 
-void bind_sgd(pybind11::module_& m) { m.def("sgd_", &sgd_<pybind11::list>); }
+void bind_sgd(pybind11::module_& m) { m.def("sgd_", &sgd_<pybind11::list, pybind11::dict>); }
 
 void sgd_operator(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffer_list,
                   std::vector<int64_t> first_steps, double lr, double momentum, double dampening, double weight_decay,
@@ -59,7 +59,7 @@ void sgd_operator(std::vector<Tensor> params, std::vector<Tensor> grads, std::ve
                   std::optional<Tensor> found_inf) {
   lr = learning_rate("sgd_", lr, lr_tensor, grad_scale_tensor, found_inf);
   sgd_(params, grads, momentum_buffer_list, first_steps, lr, momentum, dampening, weight_decay, nesterov, maximize,
-       lr_in_velocity, grad_scale);
+       lr_in_velocity, grad_scale, NothingKnown{});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) { m.impl("sgd_", TORCH_BOX(&sgd_operator)); }

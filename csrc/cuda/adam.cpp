@@ -27,23 +27,23 @@ void check_steps(const Views& steps, const Views& params, bool found_inf) {
   }
 }
 
-// List and OptionalTensor: of Tensor for the operator, of Python objects for fastnn.optim.
-template <class List, class OptionalTensor>
+// List and OptionalTensor: of Tensor for the operator, of Python objects for fastnn.optim. Known: see views_of.
+template <class List, class OptionalTensor, class Known>
 void adam_(List params, List grads, List exp_avgs, List exp_avg_sqs, List max_exp_avg_sqs, List state_steps, double lr,
            double beta1, double beta2, double weight_decay, double eps, bool amsgrad, bool maximize,
            bool decoupled_weight_decay, std::optional<double> grad_scale, OptionalTensor lr_tensor,
-           OptionalTensor grad_scale_tensor, OptionalTensor found_inf) {
+           OptionalTensor grad_scale_tensor, OptionalTensor found_inf, Known known) {
   const bool scaled = grad_scale.has_value() || grad_scale_tensor.has_value();
   Operands operands;
   const auto add = [&](const char* name, const List& list, bool updated) {
-    operands.push_back({name, views_of(list, "adam_", name), updated});
+    operands.push_back({name, views_of(list, "adam_", name, known), updated});
   };
   add("params", params, true);
-  add("grads", grads, scaled);
+  operands.push_back({"grads", views_of(grads, "adam_", "grads"), scaled});  // new ones, mostly
   add("exp_avgs", exp_avgs, true);
   add("exp_avg_sqs", exp_avg_sqs, true);
   if (amsgrad) add("max_exp_avg_sqs", max_exp_avg_sqs, true);
-  const Views steps = views_of(state_steps, "adam_", "state_steps");
+  const Views steps = views_of(state_steps, "adam_", "state_steps", known);
   check_operands("adam_", kDevice, operands);
   check_steps(steps, operands[0].views, found_inf.has_value());
   if (steps.empty()) return;
@@ -78,10 +78,20 @@ void adam_(List params, List grads, List exp_avgs, List exp_avg_sqs, List max_ex
 
 }  // namespace
 
-void bind_adam(pybind11::module_& m) { m.def("adam_", &adam_<pybind11::list, std::optional<pybind11::object>>); }
+void bind_adam(pybind11::module_& m) {
+  m.def("adam_", &adam_<pybind11::list, std::optional<pybind11::object>, pybind11::dict>);
+}
 
-constexpr auto adam_operator = &adam_<std::vector<Tensor>, std::optional<Tensor>>;
+void adam_operator(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+                   std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> max_exp_avg_sqs,
+                   std::vector<Tensor> state_steps, double lr, double beta1, double beta2, double weight_decay,
+                   double eps, bool amsgrad, bool maximize, bool decoupled_weight_decay,
+                   std::optional<double> grad_scale, std::optional<Tensor> lr_tensor,
+                   std::optional<Tensor> grad_scale_tensor, std::optional<Tensor> found_inf) {
+  adam_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr, beta1, beta2, weight_decay, eps,
+        amsgrad, maximize, decoupled_weight_decay, grad_scale, lr_tensor, grad_scale_tensor, found_inf, NothingKnown{});
+}
 
-STABLE_TORCH_LIBRARY_IMPL(fastnn, FASTNN_CUDA_KEY, m) { m.impl("adam_", TORCH_BOX(adam_operator)); }
+STABLE_TORCH_LIBRARY_IMPL(fastnn, FASTNN_CUDA_KEY, m) { m.impl("adam_", TORCH_BOX(&adam_operator)); }
 
 }  // namespace fastnn::cuda

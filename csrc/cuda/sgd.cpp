@@ -6,19 +6,19 @@
 namespace fastnn::cuda {
 namespace {
 
-// List and OptionalTensor: of Tensor for the operator, of Python objects for fastnn.optim.
-template <class List, class OptionalTensor>
+// List and OptionalTensor: of Tensor for the operator, of Python objects for fastnn.optim. Known: see views_of.
+template <class List, class OptionalTensor, class Known>
 void sgd_(List params, List grads, List momentum_buffer_list, std::vector<int64_t> first_steps, double lr,
           double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool lr_in_velocity,
           std::optional<double> grad_scale, OptionalTensor lr_tensor, OptionalTensor grad_scale_tensor,
-          OptionalTensor found_inf) {
+          OptionalTensor found_inf, Known known) {
   const bool scaled = grad_scale.has_value() || grad_scale_tensor.has_value();
   Operands operands;
   const auto add = [&](const char* name, const List& list, bool updated) {
-    operands.push_back({name, views_of(list, "sgd_", name), updated});
+    operands.push_back({name, views_of(list, "sgd_", name, known), updated});
   };
   add("params", params, true);
-  add("grads", grads, scaled);
+  operands.push_back({"grads", views_of(grads, "sgd_", "grads"), scaled});  // new ones, mostly
   if (momentum != 0) add("momentum_buffer_list", momentum_buffer_list, true);
   check_operands("sgd_", kDevice, operands);
   std::vector<Momentum> modes(params.size(), momentum == 0 ? Momentum::kNone : Momentum::kOn);
@@ -52,10 +52,19 @@ void sgd_(List params, List grads, List momentum_buffer_list, std::vector<int64_
 
 }  // namespace
 
-void bind_sgd(pybind11::module_& m) { m.def("sgd_", &sgd_<pybind11::list, std::optional<pybind11::object>>); }
+void bind_sgd(pybind11::module_& m) {
+  m.def("sgd_", &sgd_<pybind11::list, std::optional<pybind11::object>, pybind11::dict>);
+}
 
-constexpr auto sgd_operator = &sgd_<std::vector<Tensor>, std::optional<Tensor>>;
+void sgd_operator(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffer_list,
+                  std::vector<int64_t> first_steps, double lr, double momentum, double dampening, double weight_decay,
+                  bool nesterov, bool maximize, bool lr_in_velocity, std::optional<double> grad_scale,
+                  std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_scale_tensor,
+                  std::optional<Tensor> found_inf) {
+  sgd_(params, grads, momentum_buffer_list, first_steps, lr, momentum, dampening, weight_decay, nesterov, maximize,
+       lr_in_velocity, grad_scale, lr_tensor, grad_scale_tensor, found_inf, NothingKnown{});
+}
 
-STABLE_TORCH_LIBRARY_IMPL(fastnn, FASTNN_CUDA_KEY, m) { m.impl("sgd_", TORCH_BOX(sgd_operator)); }
+STABLE_TORCH_LIBRARY_IMPL(fastnn, FASTNN_CUDA_KEY, m) { m.impl("sgd_", TORCH_BOX(&sgd_operator)); }
 
 }  // namespace fastnn::cuda

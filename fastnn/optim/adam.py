@@ -65,7 +65,7 @@ class Adam(FusedStep, torch.optim.Adam):
             bool(group["decoupled_weight_decay"]),
             numbers.grad_scale,
         )
-        return numbers.skipped or updated("adam", lists, options, numbers)
+        return numbers.skipped or updated("adam", lists, options, numbers, self._known(group))
 
 
 class AdamW(Adam, torch.optim.AdamW):

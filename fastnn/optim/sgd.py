@@ -99,7 +99,7 @@ class SGD(FusedStep, torch.optim.SGD):
                 bool(group["lr_in_velocity"]),
                 numbers.grad_scale,
             )
-            if not updated("sgd", [params, grads, buffers], options, numbers):
+            if not updated("sgd", [params, grads, buffers], options, numbers, self._known(group)):
                 return False
         for i in first_steps:
             self.state[params[i]]["momentum_buffer"] = buffers[i]

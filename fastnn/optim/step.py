@@ -95,6 +95,11 @@ class FusedStep(torch.optim.Optimizer):
         """`_fused_step` of a group that the kernels may take."""
         raise NotImplementedError
 
+    def _known(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What `updated` keeps of a group. No option of it, and no state: neither saved nor copied."""
+        all_known: dict[int, dict[str, Any]] = self.__dict__.setdefault("_known_of_group", {})
+        return all_known.setdefault(id(group), {})
+
     def _native_step(self, group: dict[str, Any]) -> None:
         """torch's own step of one group. The hooks around ``step`` have run already, so they are peeled off."""
         step: Any = self._native.step
@@ -149,9 +154,15 @@ def library_of(op: str, params: list[Tensor]) -> Any:
     return LIBRARIES.get(choice(op, params[0].device, params[0].dtype)[0])
 
 
-def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[Any, ...], numbers: Numbers) -> bool:
+def updated(
+    op: str,
+    lists: Sequence[Sequence[Tensor | None]],
+    options: tuple[Any, ...],
+    numbers: Numbers,
+    known: dict[str, Any],
+) -> bool:
     """Runs the kernel on lists of tensors, the parameters first. False where it does not take one of them: nothing has
-    changed then."""
+    changed then. ``known``: what the kernels' glue keeps of these lists from one step to the next."""
     if torch.compiler.is_compiling():
         with torch.no_grad():
             overload(f"{op}_", cast(Tensor, lists[0][0]))(*lists, *options, *numbers.on_device)
@@ -161,7 +172,7 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
         if not sharded_alike(lists):
             log_once(op, "the DTensors of a parameter differ in mesh or placements, or one is partial")
             return False
-        if not updated(op, [list(map(shard_of, tensors)) for tensors in lists], options, numbers):
+        if not updated(op, [list(map(shard_of, tensors)) for tensors in lists], options, numbers, {}):
             return False
         increment_versions(lists, numbers)
         return True
@@ -174,7 +185,7 @@ def updated(op: str, lists: Sequence[Sequence[Tensor | None]], options: tuple[An
                 return False
     try:
         if library is not None and not profiler_enabled():  # straight from the lists, past the dispatcher
-            getattr(library, f"{op}_")(*lists, *options, *numbers.on_device)
+            getattr(library, f"{op}_")(*lists, *options, *numbers.on_device, known)
             return True
         if any(tensor is not None and tensor.is_neg() for tensors in lists for tensor in tensors):
             log_once(op, "of a lazily negated tensor")  # which the dispatcher cannot write
