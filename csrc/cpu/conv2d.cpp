@@ -303,9 +303,9 @@ void read_in_place(DepthwiseLines& l, const ConvSource& s, int64_t channels, DTy
 }
 
 // Runs a problem whose result falls into up_h x up_w phases (a gradient of the input with a stride; otherwise 1 x 1),
-// of a tensor with strides `result`. False where no kernel takes these layouts. weight_stride: of the channel.
+// of a tensor with strides `result`. False where no kernel takes these layouts. strides: as in run_conv.
 bool run_depthwise(const std::vector<TapConv>& phases, int64_t up_h, int64_t up_w, const Strides4& result, DType dtype,
-                   const Tensor& weight, int64_t weight_stride) {
+                   const Tensor& weight, std::array<int64_t, 3> strides) {
   const DepthwiseKernels& kernels = depthwise_kernels();
   const int64_t element = accumulator_size(dtype), threads = torch::stable::get_num_threads();
   const TapConv& first = phases.front();
@@ -313,8 +313,11 @@ bool run_depthwise(const std::vector<TapConv>& phases, int64_t up_h, int64_t up_
   const bool by_channel = first.groups > 1 && result.c == 1 && contiguous_along(&Strides4::c, first.source);
   int64_t taps = 0;
   for (const TapConv& p : phases) taps += p.num_taps;
-  if (first.group_channels > 1 || first.group_results > 1 || taps > kDepthwiseMaxTaps || !(by_column || by_channel) ||
-      first.result.pool_code)
+  const int64_t group = first.group_channels, channels = first.results();
+  const bool whole_groups = conv_kernels().lanes[element == 4] % group == 0 && group <= kDepthwiseMaxGroup;
+  const bool in_columns = by_column && group == 1;
+  if (group != first.group_results || taps > kDepthwiseMaxTaps || first.result.pool_code ||
+      !(in_columns || (by_channel && whole_groups)))
     return false;
 
   // All phases read the same lines: those of the phase that starts first, up to the one that ends last.
@@ -330,15 +333,15 @@ bool run_depthwise(const std::vector<TapConv>& phases, int64_t up_h, int64_t up_
     down = std::max(down, reach_h(p.planes, p.taps, p.num_taps) + planes.origin_h - p.planes.origin_h);
     right = std::max(right, p.planes.halo_w + planes.origin_w - p.planes.origin_w);
   }
-  const auto lines = [&](int64_t channels) {
-    return plan_lines(!by_column, planes, d.rows, d.cols, down, right, channels, element);
+  const auto lines = [&](int64_t count) {
+    return plan_lines(!in_columns, planes, d.rows, d.cols, down, right, count, element);
   };
-  d.block_channels = by_column ? 1 : channels_that_fit(lines(first.groups), first.groups, element);
+  d.block_channels = in_columns ? 1 : channels_that_fit(lines(channels), channels, element);
   d.lines = lines(d.block_channels);
   ColumnRange read;
   for (const TapConv& p : phases) read.add(p.planes, p.taps, p.num_taps);
-  read_in_place(d.lines, first.source, first.groups, dtype, d.cols, read);
-  d.channel_blocks = ceil_div(first.groups, d.block_channels);
+  read_in_place(d.lines, first.source, channels, dtype, d.cols, read);
+  d.channel_blocks = ceil_div(channels, d.block_channels);
   d.block_rows = d.rows;
   while (threads > 1 && d.block_rows > kDepthwiseBlockRows &&
          first.batch * d.channel_blocks * ceil_div(d.rows, d.block_rows) < 4 * threads)
@@ -346,14 +349,14 @@ bool run_depthwise(const std::vector<TapConv>& phases, int64_t up_h, int64_t up_
   d.row_blocks = ceil_div(d.rows, d.block_rows);
   d.up_h = up_h, d.up_w = up_w;
 
-  const int64_t padded = ceil_div(first.groups, kDepthwiseVector) * kDepthwiseVector;
-  const Scratch<char> packed((taps + int64_t(phases.size())) * padded * element);
+  const int64_t padded = ceil_div(channels, kDepthwiseVector) * kDepthwiseVector;
+  const Scratch<char> packed((taps * group + int64_t(phases.size())) * padded * element);
   std::vector<TapConv> packed_phases = phases;
   char* to = packed.get();
   for (TapConv& p : packed_phases) {
-    kernels.pack_weight[dtype](d.lines, p, weight.data_ptr(), weight_stride, to);
+    kernels.pack_weight[dtype](d.lines, p, weight.data_ptr(), strides.data(), to);
     p.weight = to;
-    to += (p.num_taps + 1) * padded * element;
+    to += (p.num_taps * group + 1) * padded * element;
   }
   d.phases = packed_phases.data();
   const int64_t vectors = up_w * kDepthwiseRows * kDepthwiseSpan + taps + int64_t(phases.size());
@@ -721,8 +724,8 @@ void forward(const char* op, ConvShape s, const Tensor& input, const Tensor& wei
     p.cols = (pool.out_w - 1) * pool.stride_w + pool.kernel_w;
   }
   p.bias = bias ? wide_bias.get() : nullptr, p.relu = relu;
-  if (run_depthwise(problem, 1, 1, p.result.stride, dtype, weight, weight.stride(0))) return;
-  run_conv(problem, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(0), weight.stride(1)});
+  const std::array<int64_t, 3> strides{s.group_out() * weight.stride(0), weight.stride(0), weight.stride(1)};
+  if (!run_depthwise(problem, 1, 1, p.result.stride, dtype, weight, strides)) run_conv(problem, dtype, weight, strides);
 }
 
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding, Ints dilation,
@@ -788,13 +791,14 @@ void grad_input(ConvShape s, DType dtype, ConvSource grad, const Tensor& weight,
       p.batch = s.batch, p.groups = s.groups, p.group_channels = s.group_out(), p.group_results = s.group_in();
       phases.push_back(p);
     }
-  if (run_depthwise(phases, phases_h, phases_w, stride, dtype, weight, weight.stride(0))) return;
+  const std::array<int64_t, 3> strides{s.group_out() * weight.stride(0), weight.stride(1), weight.stride(0)};
+  if (run_depthwise(phases, phases_h, phases_w, stride, dtype, weight, strides)) return;
   // A stride longer than the filter leaves phases that no tap reaches.
   if (s.kernel_h < s.stride_h || s.kernel_w < s.stride_w || s.dilation_h > 1 || s.dilation_w > 1) {
     Tensor zeroed = result;
     torch::stable::zero_(zeroed);
   }
-  run_conv(phases, dtype, weight, {s.group_out() * weight.stride(0), weight.stride(1), weight.stride(0)});
+  run_conv(phases, dtype, weight, strides);
 }
 
 // Adds the slices of `size` sums up in place of the first.

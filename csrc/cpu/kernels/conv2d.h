@@ -78,6 +78,7 @@ struct TapConv {
   const TapConv* next;
 
   int64_t tasks() const { return image_blocks * row_blocks * channel_blocks; }
+  int64_t results() const { return groups * group_results; }
   int64_t most_taps() const {
     const int64_t others = next ? next->most_taps() : 0;
     return num_taps > others ? num_taps : others;

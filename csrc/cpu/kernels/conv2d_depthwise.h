@@ -1,4 +1,5 @@
-// Interface of the depthwise convolution kernels, torch-free: problems of conv2d.h with one channel a group. Vector
+// Interface of the depthwise convolution kernels, torch-free: problems of conv2d.h with one channel a group, and, but
+// for the weight's gradient, channels_last ones with as many channels in as out, which are a part of a vector. Vector
 // lanes are neighbours in memory, of the source as of the result: columns of a row (NCHW) or channels of a pixel
 // (channels_last).
 #pragma once
@@ -8,9 +9,10 @@
 namespace fastnn::cpu {
 
 constexpr int64_t kDepthwiseMaxTaps = 81;
-constexpr int64_t kDepthwiseRows = 4;     // result rows computed together,
-constexpr int64_t kDepthwiseSpan = 2;     // and vectors of each
-constexpr int64_t kDepthwiseVector = 16;  // elements of the widest vector
+constexpr int64_t kDepthwiseMaxGroup = 8;  // channels of a group
+constexpr int64_t kDepthwiseRows = 4;      // result rows computed together,
+constexpr int64_t kDepthwiseSpan = 2;      // and vectors of each
+constexpr int64_t kDepthwiseVector = 16;   // elements of the widest vector
 
 // How a source's rows wait for the kernels in scratch: as lines in the accumulator type, with zeros for the padding,
 // split by the column's phase. A line of columns holds one channel.
@@ -63,8 +65,9 @@ struct DepthwiseGrad {
 };
 
 struct DepthwiseKernels {
-  // Packs the weight as [tap + 1][channel], channels padded to whole vectors. stride: of the channel.
-  void (*pack_weight[kNumDTypes])(const DepthwiseLines&, const TapConv&, const void* weight, int64_t stride,
+  // Packs the weight as [tap][channel of the group][result channel], and a row more, result channels padded to whole
+  // vectors. strides: of group, result and channel.
+  void (*pack_weight[kNumDTypes])(const DepthwiseLines&, const TapConv&, const void* weight, const int64_t* strides,
                                   void* packed);
   void (*run[kNumDTypes])(const DepthwiseConv&, void* scratch, int64_t begin, int64_t end);
   void (*run_grad[kNumDTypes])(const DepthwiseGrad&, void* scratch, int64_t begin, int64_t end);

@@ -1,6 +1,8 @@
 // Depthwise convolution: one channel in, one out, so there is no depth to reduce over and the work is bound by memory
-// and loads. The same kernels serve NCHW, with neighbouring columns in a vector's lanes, and channels_last, with
-// neighbouring channels; they differ in how a line is packed, a weight is loaded and a result is stored.
+// and loads. (In channels_last, small groups too: a vector has whole groups, and of each channel of theirs the lanes of
+// its group take a copy, by one permutation.) The same kernels serve NCHW, with neighbouring columns in a vector's
+// lanes, and channels_last, with neighbouring channels; they differ in how a line is packed, a weight is loaded and a
+// result is stored.
 //
 // Lines: every source row is read once, in memory's own order, into a ring of lines of the accumulator type, with zeros
 // for the padding and columns split by the stride's phase. What a result row needs is then a few lines that stay in the
@@ -273,43 +275,59 @@ FASTNN_INLINE int64_t padded_channels(int64_t channels) {
   return ceil_div(channels, kDepthwiseVector) * kDepthwiseVector;
 }
 
-// packed[tap][channel], and then, [channel], 0 where all of a channel's weights are finite and NaN where not.
+// packed[tap][channel of the group][result channel], and then, [result channel], 0 where all of its weights are finite
+// and NaN where not.
 template <class T>
-void pack_weight(const DepthwiseLines& l, const TapConv& p, const void* weight_, int64_t stride, void* packed_) {
+void pack_weight(const DepthwiseLines& l, const TapConv& p, const void* weight_, const int64_t* strides,
+                 void* packed_) {
   using A = Accumulator<T>;
   TapColumn columns[kDepthwiseMaxTaps];
   const int64_t num_columns = tap_columns(l, p.planes, p.taps, p.num_taps, columns);
-  const int64_t padded = padded_channels(p.groups);
-  A *packed = static_cast<A*>(packed_), *finite = packed + p.num_taps * padded;
-  for (int64_t c = 0; c < padded; ++c) finite[c] = 0;
+  const int64_t padded = padded_channels(p.results()), group = p.group_results;
+  A *packed = static_cast<A*>(packed_), *finite = packed + p.num_taps * p.group_channels * padded;
+  for (int64_t m = 0; m < padded; ++m) finite[m] = 0;
   for (const TapColumn* column = columns; column < columns + num_columns; ++column)
-    for (int k = 0; k < column->rows; ++k, packed += padded) {
-      const T* weight = static_cast<const T*>(weight_) + p.taps[column->taps[k]].weight;
-      for (int64_t c = 0; c < padded; ++c) {
-        packed[c] = c < p.groups ? to_accumulator(weight[c * stride]) : A(0);
-        finite[c] += packed[c] * A(0);
+    for (int k = 0; k < column->rows; ++k)
+      for (int64_t c = 0; c < p.group_channels; ++c, packed += padded) {
+        const T* weight = static_cast<const T*>(weight_) + p.taps[column->taps[k]].weight + c * strides[2];
+        for (int64_t m = 0; m < padded; ++m) {
+          packed[m] = m < p.results() ? to_accumulator(weight[m / group * strides[0] + m % group * strides[1]]) : A(0);
+          finite[m] += packed[m] * A(0);
+        }
       }
-    }
 }
 
 // ---- forward and gradient of the input ----
 
-// sum[r][i] += the products of one column's taps, for result row r and vector i.
-template <class A, int rows, int NX>
+// The lanes of channel 0 of each lane's group of `group` channels: channel c's are c further on.
+template <class A>
+FASTNN_INLINE Mask<A> first_of_group(int64_t group) {
+  Mask<A> first{};
+  for (int i = 0; i < kLanes<A>; ++i) first[i] = MaskLane<A>(i & -group);
+  return first;
+}
+
+// sum[r][i] += the products of one column's taps, for result row r and vector i; grouped: of all channels of a group.
+template <class A, int rows, int NX, bool grouped>
 FASTNN_INLINE void add_column(const A* const* lines, int64_t at, int64_t step, const A* weight, int64_t weight_step,
-                              Vec<A> (&sum)[kRows][NX]) {
-  Vec<A> w[rows];
+                              int64_t group, Vec<A> (&sum)[kRows][NX]) {
+  Mask<A> lanes{};
+  if (grouped) lanes = first_of_group<A>(group);
+  for (int64_t c = 0; c < group; ++c, weight += weight_step, lanes += 1) {
+    Vec<A> w[rows];
 #pragma GCC unroll 3
-  for (int k = 0; k < rows; ++k) w[k] = load(weight + k * weight_step);
+    for (int k = 0; k < rows; ++k) w[k] = load(weight + k * group * weight_step);
 #pragma GCC unroll 8
-  for (int line = 0; line < kRows + rows - 1; ++line)
+    for (int line = 0; line < kRows + rows - 1; ++line)
 #pragma GCC unroll 2
-    for (int i = 0; i < NX; ++i) {
-      const Vec<A> value = load(lines[line] + at + i * step);
+      for (int i = 0; i < NX; ++i) {
+        Vec<A> value = load(lines[line] + at + i * step);
+        if (grouped) value = __builtin_shuffle(value, lanes);
 #pragma GCC unroll 3
-      for (int k = 0; k < rows; ++k)
-        if (line - k >= 0 && line - k < kRows) sum[line - k][i] += w[k] * value;
-    }
+        for (int k = 0; k < rows; ++k)
+          if (line - k >= 0 && line - k < kRows) sum[line - k][i] += w[k] * value;
+      }
+  }
 }
 
 // Where a result's taps are read: `pixel` elements further on for each of its columns.
@@ -328,13 +346,13 @@ struct ResultRows {
   int64_t row_stride, column_stride, rows, cols;
   Reads<A> packed, in_place;
   const A *weight, *bias;  // a vector each: of channels, or one value in all lanes
-  int64_t weight_step;
+  int64_t weight_step, group;
   bool relu;
 };
 
-// kRows rows x NX vectors from column x on; by_channel: of `lanes` channels from c on. Into the result, or where it is
-// not null, into `block`, a vector after the other.
-template <class T, bool by_channel, int NX>
+// kRows rows x NX vectors from column x on; by_channel: of `lanes` channels from c on, in groups or not. Into the
+// result, or where it is not null, into `block`, a vector after the other.
+template <class T, bool by_channel, int NX, bool grouped>
 FASTNN_INLINE void tile(const ResultRows<T>& r, const Reads<Accumulator<T>>& from, int64_t x, int64_t c, int64_t lanes,
                         Accumulator<T>* block) {
   using A = Accumulator<T>;
@@ -347,16 +365,17 @@ FASTNN_INLINE void tile(const ResultRows<T>& r, const Reads<Accumulator<T>>& fro
 #pragma GCC unroll 2
     for (int i = 0; i < NX; ++i) sum[row][i] = start;
   const A* weight = r.weight + c;
+  const int64_t group = grouped ? r.group : 1;
   for (const TapColumn* column = from.columns; column < from.columns_end; ++column) {
     const A* const* lines = from.lines + column->row;
     const int64_t first = at + column->offset;
     if (column->rows == 3)
-      add_column<A, 3>(lines, first, step, weight, r.weight_step, sum);
+      add_column<A, 3, NX, grouped>(lines, first, step, weight, r.weight_step, group, sum);
     else if (column->rows == 2)
-      add_column<A, 2>(lines, first, step, weight, r.weight_step, sum);
+      add_column<A, 2, NX, grouped>(lines, first, step, weight, r.weight_step, group, sum);
     else
-      add_column<A, 1>(lines, first, step, weight, r.weight_step, sum);
-    weight += column->rows * r.weight_step;
+      add_column<A, 1, NX, grouped>(lines, first, step, weight, r.weight_step, group, sum);
+    weight += column->rows * group * r.weight_step;
   }
   if (r.relu)
 #pragma GCC unroll 4
@@ -407,7 +426,7 @@ FASTNN_INLINE void interleave(const Accumulator<T>* from, int64_t pitch, int64_t
 }
 
 // A tile's columns of all column phases; by_channel: of `channels` channels. `width`: of the phases together.
-template <class T, bool by_channel, int NX>
+template <class T, bool by_channel, int NX, bool grouped>
 FASTNN_INLINE void tiles(const ResultRows<T>* phases, int64_t up_w, int64_t width, int64_t x, int64_t channels,
                          bool in_place, Accumulator<T>* block, Ahead* ahead) {
   constexpr int L = kLanes<Accumulator<T>>;
@@ -415,40 +434,44 @@ FASTNN_INLINE void tiles(const ResultRows<T>* phases, int64_t up_w, int64_t widt
   if (by_channel) {
     for (int64_t b = 0; b < up_w; ++b)
       for (int64_t c = 0; c < channels; c += L)
-        tile<T, true, NX>(phases[b], in_place ? phases[b].in_place : phases[b].packed, x, c, channels - c, nullptr);
+        tile<T, true, NX, grouped>(phases[b], in_place ? phases[b].in_place : phases[b].packed, x, c, channels - c,
+                                   nullptr);
     return;
   }
   if (up_w == 1) {
-    tile<T, false, NX>(*phases, phases->packed, x, 0, L, nullptr);
+    tile<T, false, NX, false>(*phases, phases->packed, x, 0, L, nullptr);
   } else {
     constexpr int64_t kPhase = kRows * NX * L;
-    for (int64_t b = 0; b < up_w; ++b) tile<T, false, NX>(phases[b], phases[b].packed, x, 0, L, block + b * kPhase);
+    for (int64_t b = 0; b < up_w; ++b)
+      tile<T, false, NX, false>(phases[b], phases[b].packed, x, 0, L, block + b * kPhase);
     for (int64_t row = 0; row < phases->rows; ++row)
       interleave(block + row * NX * L, kPhase, up_w, least(NX * L * up_w, width - x * up_w),
                  phases->result + row * phases->row_stride + x * up_w);
   }
 }
 
-// Result rows [begin, end) of each row phase, channel c: padding is left out of the sums.
+// Result rows [begin, end) of each row phase, result channel m: padding is left out of the sums.
 template <class T>
-void run_carefully(const DepthwiseConv& d, int64_t n, int64_t c, int64_t begin, int64_t end, const TapColumn* columns,
+void run_carefully(const DepthwiseConv& d, int64_t n, int64_t m, int64_t begin, int64_t end, const TapColumn* columns,
                    const int64_t* ends) {
   using A = Accumulator<T>;
   for (int64_t phase = 0; phase < d.up_h * d.up_w; ++phase) {
     const TapConv& p = d.phases[phase];
     const Planes& planes = p.planes;
-    T* result = static_cast<T*>(p.result.data) + n * p.result.stride.n + c * p.result.stride.c;
+    T* result = static_cast<T*>(p.result.data) + n * p.result.stride.n + m * p.result.stride.c;
     for (int64_t y = begin; y < least(end, p.rows); ++y)
       for (int64_t x = 0; x < p.cols; ++x) {
-        A sum = p.bias ? static_cast<const A*>(p.bias)[c] : A(0);
-        const A* weight = static_cast<const A*>(p.weight) + c;
+        A sum = p.bias ? static_cast<const A*>(p.bias)[m] : A(0);
+        const A* weight = static_cast<const A*>(p.weight) + m;
         for (const TapColumn* column = columns + ends[phase]; column < columns + ends[phase + 1]; ++column)
-          for (int k = 0; k < column->rows; ++k, weight += padded_channels(p.groups)) {
+          for (int k = 0; k < column->rows; ++k) {
             const Tap& tap = p.taps[column->taps[k]];
             const int64_t row = (y + tap.row) * planes.step_h + planes.phase_h[tap.phase] - planes.origin_h;
             const int64_t col = (x + tap.col) * planes.step_w + planes.phase_w[tap.phase] - planes.origin_w;
-            if (row >= 0 && row < p.source.height && col >= 0 && col < p.source.width)
-              sum += *weight * read_element<T>(p.source, n, c, row, col);
+            const bool inside = row >= 0 && row < p.source.height && col >= 0 && col < p.source.width;
+            const int64_t first = m / p.group_results * p.group_channels;
+            for (int64_t c = first; c < first + p.group_channels; ++c, weight += padded_channels(p.results()))
+              if (inside) sum += *weight * read_element<T>(p.source, n, c, row, col);
           }
         result[y * p.result.stride.h + x * p.result.stride.w] = from_accumulator<T>(p.relu && sum < 0 ? A(0) : sum);
       }
@@ -460,12 +483,13 @@ bool finite_weights(const DepthwiseConv& d, int64_t c) {
   bool finite = true;
   for (int64_t i = 0; i < d.up_h * d.up_w; ++i) {
     const TapConv& p = d.phases[i];
-    finite &= static_cast<const Accumulator<T>*>(p.weight)[p.num_taps * padded_channels(p.groups) + c] == 0;
+    const int64_t weights = p.num_taps * p.group_channels * padded_channels(p.results());
+    finite &= static_cast<const Accumulator<T>*>(p.weight)[weights + c] == 0;
   }
   return finite;
 }
 
-template <class T, bool by_channel>
+template <class T, bool by_channel, bool grouped>
 void run_layout(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   constexpr int64_t kWide = by_channel ? 1 : kLanes<A>;  // result columns of a vector
@@ -484,6 +508,7 @@ void run_layout(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t en
     ends[i + 1] = ends[i] + count;
     ResultRows<T>& r = rows[i];
     r.row_stride = p.result.stride.h, r.column_stride = p.result.stride.w, r.cols = p.cols, r.relu = p.relu;
+    r.group = p.group_channels;
     r.packed = {nullptr, columns + ends[i], columns + ends[i + 1], d.lines.pixel};
     r.in_place = {nullptr, in_place + ends[i], in_place + ends[i + 1], p.planes.step_w * p.source.stride.w};
   }
@@ -491,11 +516,11 @@ void run_layout(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t en
     const int64_t channel_block = task % d.channel_blocks, rest = task / d.channel_blocks;
     const int64_t n = rest / d.row_blocks, y_begin = rest % d.row_blocks * d.block_rows;
     const int64_t y_end = least(d.rows, y_begin + d.block_rows);
-    const int64_t c = channel_block * d.block_channels, channels = least(d.block_channels, first.groups - c);
+    const int64_t c = channel_block * d.block_channels, channels = least(d.block_channels, first.results() - c);
     A* splat_to = splats;
     for (int64_t i = 0; i < num_phases; ++i) {
       const TapConv& p = d.phases[i];
-      const int64_t padded = padded_channels(p.groups);
+      const int64_t padded = padded_channels(p.results());
       const A *weight = static_cast<const A*>(p.weight) + c,
               *bias = p.bias ? static_cast<const A*>(p.bias) + c : nullptr;
       rows[i].weight = weight, rows[i].weight_step = padded, rows[i].bias = bias;
@@ -536,9 +561,9 @@ void run_layout(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t en
             const int span = end - x >= kSpan * kWide ? kSpan : 1;
             if (x + span * kWide > end) x = most(begin, end - span * kWide);
             if (span == kSpan)
-              tiles<T, by_channel, kSpan>(phases, d.up_w, width, x, channels, part == 1, block, ahead);
+              tiles<T, by_channel, kSpan, grouped>(phases, d.up_w, width, x, channels, part == 1, block, ahead);
             else
-              tiles<T, by_channel, 1>(phases, d.up_w, width, x, channels, part == 1, block, ahead);
+              tiles<T, by_channel, 1, grouped>(phases, d.up_w, width, x, channels, part == 1, block, ahead);
             x += span * kWide;
           }
       }
@@ -550,10 +575,12 @@ void run_layout(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t en
 
 template <class T>
 void run_depthwise(const DepthwiseConv& d, void* scratch, int64_t begin, int64_t end) {
-  if (d.lines.by_channel)
-    run_layout<T, true>(d, scratch, begin, end);
+  if (d.phases->group_channels > 1)
+    run_layout<T, true, true>(d, scratch, begin, end);
+  else if (d.lines.by_channel)
+    run_layout<T, true, false>(d, scratch, begin, end);
   else
-    run_layout<T, false>(d, scratch, begin, end);
+    run_layout<T, false, false>(d, scratch, begin, end);
 }
 
 // ---- gradient of the weight ----
