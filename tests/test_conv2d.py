@@ -499,6 +499,7 @@ COMMON_LAYERS = {
     "large windows": (CONV2D, 21, 50, (5, 5), (9, 23), {"padding": 2}),
     "one channel": (CONV2D, 1, 20, (5, 5), (7, 30), {"padding": 2}),
     "two results": (CONV2D_RELU, 21, 2, (3, 3), (6, 57), {"padding": 1}),
+    "large windows, no padding": (CONV2D_RELU, 20, 50, (5, 5), (9, 10), {}),
     "windows of a column": (CONV2D, 4, 40, (2, 1), (20, 13), {}),
     "many positions": (CONV2D, 5, 3, (2, 2), (64, 65), {}),
 }

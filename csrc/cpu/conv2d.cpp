@@ -614,6 +614,41 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
   run_tasks(w, kernels.run[dtype]);
 }
 
+constexpr int64_t kSpreadBytes = 384 << 10;  // of an image's pixels, products and sums, in the L2 cache
+
+// The gradient of an input that is so much larger than the output that most of what its pixels would sum is padding.
+// False where it is not, or where an image is too large or has too few results to fill its vectors.
+bool run_spread(const ConvShape& s, DType dtype, const ConvSource& grad, const Tensor& weight, const Tensor& result) {
+  const PointwiseKernels& kernels = pointwise_kernels();
+  const int64_t element = accumulator_size(dtype), lanes = conv_kernels().lanes[element == 4];
+  PointSpread w{};
+  TapConv& p = w.conv;
+  p.source = grad;
+  p.result.data = result.data_ptr(), p.result.stride = strides4(result);
+  p.batch = s.batch, p.groups = 1, p.group_channels = s.out_channels, p.group_results = s.in_channels;
+  p.rows = s.out_h, p.cols = s.out_w;
+  w.kernel_h = s.kernel_h, w.kernel_w = s.kernel_w, w.pad_top = s.pad_top, w.pad_left = s.pad_left;
+  w.height = s.in_h, w.width = s.in_w;
+  const int64_t panels = w.panels(lanes), positions = p.rows * p.cols;
+  const int64_t products = 2 * panels * lanes * positions;
+  const bool fewer = 3 * products < 2 * s.in_h * s.in_w * s.kernel_h * s.kernel_w * s.in_channels;
+  const bool plain = s.groups == 1 && s.stride_h * s.stride_w == 1 && s.dilation_h * s.dilation_w == 1;
+  const int64_t sums = (p.rows + w.kernel_h - 1) * w.sums_width() * p.group_results + (p.group_results + 1) * lanes;
+  w.scratch = ((positions + kernels.rows) * 2 * lanes + sums + (positions + 8) * p.group_channels) * element;
+  const bool layouts = (contiguous_along(&Strides4::c, grad) || contiguous_along(&Strides4::w, grad)) &&
+                       (p.result.stride.c == 1 || p.result.stride.w == 1);
+  if (!plain || !fewer || !layouts || w.scratch > kSpreadBytes || s.kernel_h * s.kernel_w == 9) return false;
+  const int64_t depth = ceil_div(p.group_channels, conv_kernels().terms[dtype]);
+  const Scratch<char> packed(panels * depth * 2 * lanes * element);
+  const std::array<int64_t, 4> strides{weight.stride(1), weight.stride(0), weight.stride(2), weight.stride(3)};
+  torch::stable::parallel_for(0, panels, ceil_div(4096, depth * 2 * lanes), [&](int64_t begin, int64_t end) {
+    kernels.pack_spread_weight[dtype](w, weight.data_ptr(), strides.data(), packed.get(), begin, end);
+  });
+  p.weight = packed.get();
+  run_tasks(w, kernels.run_spread[dtype]);
+  return true;
+}
+
 // Runs problems that differ in taps, positions and result alone, the first of which has the most rows: planes that have
 // the padding of all of them are packed once.
 void run_planes(std::vector<TapConv>& phases, DType dtype, const Tensor& weight, std::array<int64_t, 3> strides) {
@@ -756,6 +791,7 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, s
 
 // The gradient of the input: per phase of the stride, a TapConv over the output gradient with the taps that reach it.
 void grad_input(ConvShape s, DType dtype, ConvSource grad, const Tensor& weight, const Tensor& result) {
+  if (run_spread(s, dtype, grad, weight, result)) return;
   Strides4 stride = strides4(result);
   join_rows(s, {&grad}, {&stride});
   const int64_t phases_h = std::min(s.stride_h, s.in_h), phases_w = std::min(s.stride_w, s.in_w);

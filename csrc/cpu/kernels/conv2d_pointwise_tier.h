@@ -12,7 +12,10 @@
 // By column (1 x 1 of NCHW, without padding): rows are results, of a weight packed once a call in the order they are
 // read; vectors are pixels, of all rows and images in a row. The first tile reads them from their channels and leaves
 // them as a panel, in the L1 or L2 cache, for the others, of all results; where an image ends, the panel is packed
-// before. Memory: what comes next is fetched while this is computed: no order is one
+// before.
+// Spread (the gradient of an input much larger than the output): rows are output pixels, panels the whole weight, a row
+// of the window after the other; an image's products are added, vector by vector, to what they reach of its sums in the
+// L2 cache, which leave when all are in. Memory: what comes next is fetched while this is computed: no order is one
 // that the hardware foresees.
 //
 // Operations: 2 * pixels * window * channels * results; bytes: each tensor once, the weight once a block of pixels.
@@ -567,11 +570,85 @@ void run_points(const PointConv& w, void* scratch, int64_t begin, int64_t end) {
     run_points_by_column<T>(w, scratch, begin, end);
 }
 
+// ---- products spread over a window ----
+
+// packed[panel][operand][two vectors]: a vector is a run of (column, result) of one row of the window; lanes past the
+// row's last are zero.
+template <class T>
+void pack_spread_weight(const PointSpread& w, const void* weight_, const int64_t* strides, void* packed_, int64_t begin,
+                        int64_t end) {
+  using P = Operand<T>;
+  constexpr int64_t L = kLanes<P>;
+  const T* weight = static_cast<const T*>(weight_);
+  const int64_t channels = w.conv.group_channels, results = w.conv.group_results, vectors = w.row_vectors(L);
+  const int64_t depth = operands<P>(channels);
+  for (int64_t vector = 2 * begin; vector < 2 * end; ++vector) {
+    P* const packed = static_cast<P*>(packed_) + (vector / 2 * depth * 2 + vector % 2) * L;
+    for (int64_t lane = 0; lane < L; ++lane) {
+      const int64_t row = vector / vectors, at = vector % vectors * L + lane;
+      const T* from = weight + row * strides[2] + at / results * strides[3] + at % results * strides[0];
+      const bool inside = row < w.kernel_h && at < w.kernel_w * results;
+      for (int64_t d = 0; d < depth; ++d) {
+        const int64_t c = d * kTermsOf<P>;
+        packed[d * 2 * L + lane] =
+            inside ? operand<T, P>(from + c * strides[1], strides[1], nullptr, 0, channels - c) : P{};
+      }
+    }
+  }
+}
+
+// Images [begin, end).
+template <class T>
+void run_spread(const PointSpread& w, void* scratch, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  using P = Operand<T>;
+  constexpr int64_t L = kLanes<A>, kWidth = 2 * L;
+  const TapConv& p = w.conv;
+  const int64_t channels = p.group_channels, results = p.group_results, positions = p.rows * p.cols;
+  const int64_t depth = operands<P>(channels), vectors = w.row_vectors(L), panels = w.panels(L);
+  const int64_t tiles = ceil_div(positions, kRows), tile = ceil_div(positions, tiles);
+  const int64_t row_pitch = w.sums_width() * results, size = (p.rows + w.kernel_h - 1) * row_pitch;
+  A* const products = static_cast<A*>(scratch);
+  A* const sums = products + tiles * tile * kWidth;
+  Element<P>* const pixels = reinterpret_cast<Element<P>*>(sums + size + (results + 1) * L);
+  const Strides4& to = p.result.stride;
+  RowTile<T> b;
+  b.rows = pixels, b.row_pitch = channels, b.runs = 1, b.run_pitch = 0, b.terms = channels;
+  b.bias = nullptr, b.result = nullptr, b.lanes = int(kWidth), b.relu = false;
+  b.ahead_step = ceil_div(kWidth * sizeof(P), tiles);
+  for (int64_t n = begin; n < end; ++n) {
+    copy_pixels<T>(p, n, 0, p.rows, 0, p.cols, pixels);
+    for (int64_t i = 0; i < size; ++i) sums[i] = 0;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      b.panel = static_cast<const P*>(p.weight) + panel * depth * kWidth;
+      const char* next = reinterpret_cast<const char*>(b.panel + depth * kWidth);
+      for (int64_t i = 0; i < positions; i += tile, next += depth * b.ahead_step) {
+        b.rows = pixels + i * channels, b.sums = products + i * kWidth, b.ahead = next;
+        multiply_rows_of<T, true, kRows>(least(tile, positions - i), b);
+      }
+      for (int64_t vector = 2 * panel; vector < least(2 * panel + 2, w.kernel_h * vectors); ++vector) {
+        const int64_t at = vector % vectors * L;
+        const int lanes = int(least(L, w.kernel_w * results - at));
+        const A* from = products + vector % 2 * L;
+        for (int64_t y = 0; y < p.rows; ++y) {
+          A* sum = sums + (y + vector / vectors) * row_pitch + at;
+          for (int64_t x = 0; x < p.cols; ++x, from += kWidth, sum += results)
+            store_lanes(sum, load_lanes(sum, lanes) + load(from), lanes);
+        }
+      }
+    }
+    T* const result = static_cast<T*>(p.result.data) + n * to.n;
+    for (int64_t y = 0; y < w.height; ++y)
+      for (int64_t c = 0; c < results; c += L)
+        write_vectors<T>(sums + (y + w.pad_top) * row_pitch + w.pad_left * results + c, results, w.width,
+                         int(least(L, results - c)), result + c * to.c + y * to.h, to.c, to.w);
+  }
+}
+
 #define FASTNN_ALL_DTYPES(function) {function<double>, function<float>, function<bf16>, function<f16>}
 const PointwiseKernels kPointwiseKernels = {
-    {2 * kLanes<double>, 2 * kLanes<float>},
-    kRows,
-    FASTNN_ALL_DTYPES(pack_points_weight),
-    FASTNN_ALL_DTYPES(run_points),
+    {2 * kLanes<double>, 2 * kLanes<float>}, kRows,
+    FASTNN_ALL_DTYPES(pack_points_weight),   FASTNN_ALL_DTYPES(run_points),
+    FASTNN_ALL_DTYPES(pack_spread_weight),   FASTNN_ALL_DTYPES(run_spread),
 };
 #undef FASTNN_ALL_DTYPES

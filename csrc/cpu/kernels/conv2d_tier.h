@@ -1024,12 +1024,16 @@ void grad_block(const A* grads, int64_t grad_plane, int64_t results, const A* pl
   }
 }
 
-// sums[m] += grads[position][m] over a row of positions.
-template <class A>
-void add_positions(const A* grads, int64_t width, int64_t cols, A* sums, int64_t results) {
+// sums[m] += the terms of grads[position][m] over a row of positions.
+template <class P>
+void add_positions(const P* grads, int64_t width, int64_t cols, Accumulator<P>* sums, int64_t results) {
+  using A = Accumulator<P>;
+  constexpr int kTerms = kTermsOf<P>;
+  const Vec<P> ones = ones_of<P>();
   for (int64_t m = 0; m < results; m += kLanes<A>) {
     Vec<A> sum{};
-    for (int64_t i = 0; i < cols; ++i) sum += load(grads + i * width + m);
+    for (int64_t i = 0; i + kTerms <= cols; i += kTerms) sum = multiply_add(load(grads + i * width + m), ones, sum);
+    if (cols % kTerms) sum = multiply_add(first_term(load(grads + (cols - 1) * width + m)), ones, sum);
     const int lanes = int(least(kLanes<A>, results - m));
     store_n(sums + m, load_n(sums + m, lanes) + sum, lanes);
   }
@@ -1096,17 +1100,18 @@ void run_grad(const TapGrad& p, void* scratch_, int64_t begin, int64_t end) {
         const int64_t grad_runs = ceil_div(count, grad_width);
         A* row = grads + grad_runs * grad_width * grad_planes.plane;
         const P *grad = reinterpret_cast<const P*>(grads), *source = reinterpret_cast<const P*>(packed);
-        const bool joined = !bias_sums && pack_position_pairs<T>(p.grad, grad_planes, block, p.num_taps, p.cols, first,
-                                                                 count, grad_width, reinterpret_cast<P*>(grads));
-        if (!joined) pack_positions<T>(p.grad, grad_planes, block, first, count, grad_width, grads, row);
+        if (!pack_position_pairs<T>(p.grad, grad_planes, block, p.num_taps, p.cols, first, count, grad_width,
+                                    reinterpret_cast<P*>(grads))) {
+          pack_positions<T>(p.grad, grad_planes, block, first, count, grad_width, grads, row);
+          join_positions<A, P>(grads, grad_runs * grad_width * grad_planes.plane, grad_width);
+        }
         if (bias_sums)
           for (int64_t m = 0; m < count; m += grad_width)
             for (int64_t image = 0; image < block.images; ++image)
               for (int64_t i = 0; i < block.rows; ++i)
                 add_positions(
-                    grads + m * grad_planes.plane + (image * block.pitch_image + i * planes.pitch) * grad_width,
+                    grad + m * grad_planes.plane + (image * block.pitch_image + i * planes.pitch) * grad_width,
                     grad_width, p.cols, bias_sums + m, least(grad_width, count - m));
-        if (!joined) join_positions<A, P>(grads, grad_runs * grad_width * grad_planes.plane, grad_width);
         const int64_t width = result_lanes ? source_step : lanes_together<A>(channels);
         const bool planes_only = result_lanes && !pixels;
         if (planes_only || !pack_position_pairs<T>(p.source, planes, block, p.num_taps, p.cols, source_channel,

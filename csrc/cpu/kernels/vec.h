@@ -337,6 +337,14 @@ FASTNN_INLINE UInt32Vec pairs(FloatVec even, FloatVec odd) {
   return (UInt32Vec)even >> 16 | ((UInt32Vec)odd & 0xffff0000);
 }
 
+template <class P>
+FASTNN_INLINE Vec<P> ones_of() {
+  if constexpr (kTermsOf<P> == 2)
+    return pairs(splat(1.0f), splat(1.0f));
+  else
+    return splat(P(1));
+}
+
 // Operands without their second terms, where there is none; of one term there is.
 FASTNN_INLINE UInt32Vec first_term(UInt32Vec v) { return v & 0xffff; }
 template <class V>
