@@ -637,7 +637,8 @@ bool run_spread(const ConvShape& s, DType dtype, const ConvSource& grad, const T
   w.scratch = ((positions + kernels.rows) * 2 * lanes + sums + (positions + 8) * p.group_channels) * element;
   const bool layouts = (contiguous_along(&Strides4::c, grad) || contiguous_along(&Strides4::w, grad)) &&
                        (p.result.stride.c == 1 || p.result.stride.w == 1);
-  if (!plain || !fewer || !layouts || w.scratch > kSpreadBytes || s.kernel_h * s.kernel_w == 9) return false;
+  const bool winograd = s.kernel_h == 3 && s.kernel_w == 3;  // which takes fewer products yet
+  if (!plain || winograd || !fewer || !layouts || w.scratch > kSpreadBytes) return false;
   const int64_t depth = ceil_div(p.group_channels, conv_kernels().terms[dtype]);
   const Scratch<char> packed(panels * depth * 2 * lanes * element);
   const std::array<int64_t, 4> strides{weight.stride(1), weight.stride(0), weight.stride(2), weight.stride(3)};
