@@ -35,9 +35,9 @@ help:  ## show this list
 demo: $(VENV)/.built  ## train on real images three ways (native, fastnn, converted) and compare; about 5 minutes
 	@$(BIN)/python examples/compare.py --epochs 2 $(ARGS)
 
-# Threads that wait must not keep the other process's from the cores. Memory that nobody has written must show.
+# Threads that wait must not keep the other process's from the cores.
 test: $(VENV)/.built  ## run the test suite, in two processes
-	@OMP_WAIT_POLICY=passive MALLOC_PERTURB_=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-asan: $(VENV)/.built  ## build with AddressSanitizer and UBSan, and run the kernel tests
 	@PYTHON=$(BIN)/python sh tests/asan.sh $(ARGS)

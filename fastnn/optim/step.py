@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class Numbers(NamedTuple):
         there = tuple(x if isinstance(x, Tensor) and x.device == device else None for x in numbers)
         lr, grad_scale, found_inf = (x if tensor is None else None for x, tensor in zip(numbers, there, strict=True))
         return cls.of(lr or 0, grad_scale, found_inf, None)._replace(on_device=there)
+
+
+KNOWN: WeakKeyDictionary[torch.optim.Optimizer, dict[int, dict[str, Any]]] = WeakKeyDictionary()
 
 
 class FusedStep(torch.optim.Optimizer):
@@ -97,8 +101,9 @@ class FusedStep(torch.optim.Optimizer):
 
     def _known(self, group: dict[str, Any]) -> dict[str, Any]:
         """What `updated` keeps of a group. No option of it, and no state: neither saved nor copied."""
-        all_known: dict[int, dict[str, Any]] = self.__dict__.setdefault("_known_of_group", {})
-        return all_known.setdefault(id(group), {})
+        if torch.compiler.is_compiling():
+            return {}
+        return KNOWN.setdefault(self, {}).setdefault(id(group), {})
 
     def _native_step(self, group: dict[str, Any]) -> None:
         """torch's own step of one group. The hooks around ``step`` have run already, so they are peeled off."""
