@@ -45,14 +45,14 @@ ConvShape few_phases(const char* op, const ConvShape& s) {
 
 // Blocks of rows: whole pooling windows, and as even as they come.
 struct Cut {
-  int64_t block, step, blocks;
+  int64_t block, blocks;
 };
 Cut cut_rows(int64_t rows, int64_t block, const PoolShape& pool) {
   const int64_t overlap = std::max<int64_t>(0, pool.kernel_h - pool.stride_h), unit = pool.kernel_h ? pool.stride_h : 1;
   const int64_t windows = pool.kernel_h ? pool.out_h : rows;
   const int64_t fit = std::max<int64_t>(1, (block - overlap) / unit);
   const int64_t blocks = ceil_div(windows, fit), each = ceil_div(windows, blocks);
-  return {each * unit + overlap, each * unit, ceil_div(windows, each)};
+  return {each * unit + overlap, ceil_div(windows, each)};
 }
 
 void set_pitch(Planes& p, int64_t source_w, int64_t cols) {
@@ -594,7 +594,7 @@ void run_pointwise(PointConv& w, DType dtype, const Tensor& weight, std::array<i
     while (w.block_rows > w.window_h && p.batch * ceil_div(p.rows, w.block_rows) < 4 * threads)
       w.block_rows = ceil_div(w.block_rows, 2);
     const Cut cut = cut_rows(p.rows, w.block_rows, p.result.pool);
-    w.block_rows = cut.block, w.row_step = cut.step;
+    w.block_rows = cut.block;
     p.image_blocks = p.batch, p.row_blocks = cut.blocks;
     const int64_t source_rows = (w.block_rows - 1) * s.step_h + w.window_h;
     const int64_t source_cols = (w.block_cols - 1) * s.step_w + w.window_w;

@@ -13,8 +13,7 @@ struct PointConv {
   int64_t window_h, window_w;
   bool padded;     // some window reaches past the source
   bool by_column;  // vectors are pixels, not results
-  int64_t block_rows, row_step,
-      block_cols;  // row_step: to the next task's rows, which may overlap where they are pooled
+  int64_t block_rows, block_cols;
   int64_t scratch;
 
   int64_t tasks() const { return conv.tasks(); }

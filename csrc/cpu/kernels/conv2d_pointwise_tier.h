@@ -251,7 +251,9 @@ struct PointTask {
   PointTask(const PointConv& w, int64_t blocks, int64_t task) {
     const int64_t rows = task / w.conv.channel_blocks, share = task % w.conv.channel_blocks;
     n = rows / w.conv.row_blocks;
-    first_row = rows % w.conv.row_blocks * w.row_step, last_row = least(w.conv.rows, first_row + w.block_rows);
+    const PoolShape& pool = w.conv.result.pool;  // whose windows may overlap, and so do tasks then
+    const int64_t step = w.block_rows - most(0, pool.kernel_h - pool.stride_h);
+    first_row = rows % w.conv.row_blocks * step, last_row = least(w.conv.rows, first_row + w.block_rows);
     first = blocks * share / w.conv.channel_blocks, last = blocks * (share + 1) / w.conv.channel_blocks;
   }
 };
